@@ -1,0 +1,12 @@
+#!/bin/sh
+# ENTRYPOINT of the image, and its /var/runtime/bootstrap: starts the runtime interface client (RIC) on Lambda,
+# and everywhere else the Runtime Interface Emulator (RIE) with the RIC as its child.
+
+if [ $# -gt 1 ] || [ -z "${1:-${_HANDLER:-}}" ]; then
+    echo "usage: ${0##*/} HANDLER, such as lambda_function.lambda_handler, as the only argument or in \$_HANDLER" >&2
+    exit 142 # as AWS's base images do
+fi
+
+set -- python3 -m awslambdaric "${1:-$_HANDLER}"
+[ -n "${AWS_LAMBDA_RUNTIME_API:-}" ] || set -- /usr/local/bin/aws-lambda-rie "$@"
+exec "$@"
