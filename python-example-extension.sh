@@ -155,21 +155,26 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
     # Every set of dependencies has a folder, which gets its name only when it is complete.
     installed=.host/$version-$(uname -m)-$(cat "$name.sh" requirements*.txt "$name/requirements.txt" | cksum | tr ' ' -)
-    mkdir -p .host && folder=$PWD/$(mktemp -d .host/run.XXXXXX) || fail "cannot write to $PWD/.host"
+    if ! mkdir -p .host || ! folder=$PWD/$(mktemp -d .host/run.XXXXXX); then
+        fail "cannot write to $PWD/.host"
+    fi
     if [ ! -d "$installed" ]; then
         install_dependencies "$folder/new"
         mv -T "$folder/new" "$installed" 2>/dev/null || [ -d "$installed" ] || fail "cannot write to $PWD/.host"
     fi
 
     # What this run sees, as it is in the image; the dependencies as hard links.
-    cp -al "$installed/." "$folder" &&
-        install -D "extensions/$name" "$folder/opt/extensions/$name" &&
-        install "$name"/*.py "$folder/opt/$name" &&
-        install ./*.py "$folder/var/task" &&
-        install -D lambda-entrypoint.sh "$folder/var/runtime/bootstrap" || fail "cannot write to $folder"
+    if ! cp -al "$installed/." "$folder" ||
+        ! install -D "extensions/$name" "$folder/opt/extensions/$name" ||
+        ! install "$name"/*.py "$folder/opt/$name" ||
+        ! install ./*.py "$folder/var/task" ||
+        ! install -D lambda-entrypoint.sh "$folder/var/runtime/bootstrap"; then
+        fail "cannot write to $folder"
+    fi
     chmod 755 "$folder"
 
     # In mount and PID namespaces of its own /opt shows ours above the host's, and whatever is started ends with it.
+    # shellcheck disable=SC2016 # it is the inner shell that expands
     mounts='cd "$0" && mount -t overlay -o lowerdir=opt:/opt overlay /opt && mount --bind opt/extensions /opt/extensions'
     # For Lambda Managed Instances the emulator takes no other path than these.
     [ -z "$managed" ] || mounts+=' && mount -t overlay -o lowerdir=var:/var overlay /var'
@@ -190,6 +195,7 @@ with socket.create_server(("127.0.0.1", 0)) as server:
     fi
 
     handler=$(sed -n 's/^CMD \["\(.*\)"\]$/\1/p' Dockerfile)
+    # shellcheck disable=SC2016
     "${isolate[@]}" sh -c "$mounts"'
         read -r pid _ </proc/self/stat
         echo "$pid" >"$0/pid" # as seen from outside
@@ -235,5 +241,5 @@ until answers; do
     sleep 0.05
 done
 say "ready; Ctrl-C ends it. Try:
-    curl -XPOST http://localhost:$PORT/2015-03-31/functions/function/invocations -d '{\"key\": \"value\"}'"
+    curl -XPOST http://${HOST/127.0.0.1/localhost}:$PORT/2015-03-31/functions/function/invocations -d '{\"key\": \"value\"}'"
 wait "$job" || fail "it ended with exit status $?"

@@ -119,7 +119,7 @@ class ExtensionsApi:
 
 
 def check(asked, status, content):
-    """Raises ExtensionsApiError unless status (int) means success; content (bytes) is the API's JSON about the error."""
+    """Raises ExtensionsApiError unless status (int) means success; content (bytes) is what was answered."""
     if 200 <= status < 300:
         return
     try:

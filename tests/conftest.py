@@ -1,0 +1,208 @@
+"""What the tests stand on: copies of the sample, ways to run it, and the tools that a machine may lack."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+VENV = Path(sys.executable).parent
+NAME = "python-example-extension"
+HELLO = {"statusCode": 200, "body": '"Hello from Lambda!"'}
+DEFAULT_BASE_IMAGE = re.search(r"^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)
+# On CI more than one, such as "debian:bookworm debian:trixie".
+BASE_IMAGES = os.environ.get("BASE_IMAGES", os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)).split()
+
+
+def missing(what):
+    """Skips the test because this machine lacks something; on CI, where it has to be there, fails it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what}, which CI has to have")
+    pytest.skip(what)
+
+
+def tool(name):
+    """The path of a command that not every machine has."""
+    return shutil.which(name, path=VENV) or shutil.which(name) or missing(f"no {name} on this machine")
+
+
+def run(*command, **options):
+    """Runs a command to its end and returns its CompletedProcess, with the output as text."""
+    return subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, **options)
+
+
+def wait_until(condition, seconds=20):
+    """Waits until condition() is true, and returns what it returned."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not true within {seconds} s"
+        time.sleep(0.02)
+    return result
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def copy_sample(folder):
+    """Copies the sample, with its uncommitted changes, as git would check it out."""
+    ignore = shutil.ignore_patterns(".git", ".venv", ".host", "__pycache__", "*.pyc")
+    return Path(shutil.copytree(ROOT, folder, ignore=ignore))
+
+
+@pytest.fixture(scope="session")
+def folder():
+    """A temporary folder that any user can read; with a space in its name, as users' folders have."""
+    path = Path(tempfile.mkdtemp(prefix="sample test "))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def sample(folder):
+    """A copy of the sample, as a new user has it."""
+    return copy_sample(folder / "sample")
+
+
+@pytest.fixture(scope="session")
+def installed_sample(sample):
+    """That copy, after its first run on the host."""
+    with running(sample, "--host"):
+        pass
+    return sample
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """Makes sure that a Docker engine answers."""
+    if run(tool("docker"), "version").returncode != 0:
+        missing("no Docker engine on this machine")
+
+
+@pytest.fixture(scope="session", params=BASE_IMAGES)
+def base_image(request, engine):
+    """The name of a base image that is here or could be pulled."""
+    if run("docker", "image", "inspect", request.param).returncode != 0:
+        pulled = run("docker", "pull", request.param)
+        if pulled.returncode != 0:
+            missing(f"no base image {request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def image(sample, base_image):
+    """The image, built on that base, as a tag."""
+    return build(sample, f"{NAME}-test:{base_image.replace(':', '-').replace('/', '-')}", base_image)
+
+
+def build(sample, tag, base_image, *options, **environment):
+    """Builds the image from a copy of the sample with the engine's own builder, and returns the tag."""
+    command = ["docker", "build", "--tag", tag, "--build-arg", f"BASE_IMAGE={base_image}", *options, sample]
+    built = run(*command, env=os.environ | environment)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return tag
+
+
+class Running:
+    """The sample while it runs: where it listens, and what it has printed so far."""
+
+    def __init__(self, process, log, port, host="127.0.0.1"):
+        self.process, self.log, self.port = process, log, port
+        self.endpoint = f"http://{host}:{port}"
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+    def invoke(self, payload=b"{}", function="function", timeout=30, **headers):
+        """Posts the payload (bytes) to the function and returns the body of the answer (bytes)."""
+        request = urllib.request.Request(
+            f"{self.endpoint}/2015-03-31/functions/{function}/invocations", payload, headers
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            return error.read()
+
+    def received(self, count=1):
+        """Waits until the extension has logged that many INVOKE events; returns their request ids."""
+        pattern = r'^\[\S+\] Received event: .*"INVOKE".*"requestId": "([^"]+)"'
+        return wait_until(lambda: len(ids := re.findall(pattern, self.output, re.MULTILINE)) >= count and ids)
+
+    def stop(self, signum=signal.SIGTERM):
+        """Ends the run as a terminal or a supervisor would; returns exit status and seconds taken."""
+        start = time.monotonic()
+        if signum == signal.SIGINT:
+            os.killpg(self.process.pid, signum)
+        else:
+            self.process.send_signal(signum)
+        return self.process.wait(20), time.monotonic() - start
+
+
+@contextlib.contextmanager
+def running(sample, *arguments, user=None, host="127.0.0.1", **environment):
+    """Runs the sample's run script until the ready line, in a session of its own, then lets the caller use it."""
+    port = free_port()
+    environment = os.environ | {"PORT": str(port), "HOST": host} | environment
+    with tempfile.NamedTemporaryFile(prefix="log-") as log:
+        process = subprocess.Popen(
+            [sample / f"{NAME}.sh", *arguments],
+            cwd="/",
+            env=environment,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        sample_run = Running(process, Path(log.name), port, host)
+        try:
+            wait_until(lambda: "ready;" in sample_run.output or process.poll() is not None, 300)
+            assert process.poll() is None, sample_run.output
+            yield sample_run
+        finally:
+            if process.poll() is None:
+                sample_run.stop()
+            sys.stdout.write(sample_run.output)
+
+
+@pytest.fixture(scope="session", params=["host", "docker"])
+def way(request):
+    """Both ways to run the sample: the option of the run script, and its environment."""
+    if request.param == "docker":
+        request.getfixturevalue("engine")
+        return "--docker", {"BASE_IMAGE": first_base_image()}
+    if sys.platform != "linux":
+        pytest.skip("the host has to be Linux")
+    return "--host", {}
+
+
+def first_base_image():
+    """The base image that the run script is tested with."""
+    image = BASE_IMAGES[0]
+    if run("docker", "image", "inspect", image).returncode != 0 and run("docker", "pull", image).returncode != 0:
+        missing(f"no base image {image}")
+    return image
+
+
+@pytest.fixture(scope="session")
+def sample_run(way, sample):
+    """The sample, running, for tests that only invoke it."""
+    option, environment = way
+    with running(sample, option, **environment) as started:
+        yield started

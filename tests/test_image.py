@@ -1,0 +1,116 @@
+"""What is in the image, how it is built, and that it runs as Lambda runs it."""
+
+import json
+import re
+import subprocess
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import HELLO, NAME, build, copy_sample, free_port, missing, run, wait_until
+
+
+def inside(image, script, *options):
+    """Runs a shell script in the image and returns what it prints."""
+    command = ["docker", "run", "--rm", *options, "--entrypoint", "sh", image, "-c", script]
+    ran = run(*command)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_opt_extensions_holds_the_launcher_and_no_stray_file(folder, base_image):
+    sample = copy_sample(folder / f"stray-{base_image}".replace(":", "-"))
+    for stray in ".DS_Store", f"{NAME}~", f".{NAME}.swp", "notes.txt":
+        (sample / "extensions" / stray).write_text("stray")
+        (sample / "extensions" / stray).chmod(0o755)
+    image = build(sample, f"{NAME}-test:stray", base_image)
+    assert inside(image, "ls -A /opt /opt/extensions").split() == [
+        "/opt:", "extensions", NAME, "/opt/extensions:", NAME
+    ]  # fmt: skip
+
+
+def test_modes_and_owners_are_right_whatever_they_were_in_the_checkout(folder, base_image):
+    sample = copy_sample(folder / f"modes-{base_image}".replace(":", "-"))
+    for path in sample.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    image = build(sample, f"{NAME}-test:modes", base_image)
+    executables = f"/lambda-entrypoint.sh /opt/extensions/{NAME} /opt/{NAME}/extension.py /usr/local/bin/aws-lambda-rie"
+    assert inside(image, f"stat -Lc '%a %U' {executables} /var/runtime/bootstrap").splitlines() == ["755 root"] * 5
+    assert inside(image, "find /opt /var/task /var/runtime ! -user root -o -perm /022 ! -type l") == ""
+    inside(image, "cat $(find /opt /var/task -type f) /var/runtime/bootstrap >/dev/null", "--user", "12345:12345")
+
+
+def test_pip_and_build_tools_stay_out(image):
+    assert inside(image, "command -v pip pip3 gcc cc make || true") == ""
+    assert inside(image, "python3 -c 'import pip' 2>&1 || true").rstrip().endswith("No module named 'pip'")
+    assert inside(image, "ls /var/lib/apt/lists /var/cache/apt") == "/var/cache/apt:\n\n/var/lib/apt/lists:\n"
+
+
+def test_the_dependencies_of_the_function_and_of_the_extension_do_not_meet(image):
+    search = "cd /; python3 -E -s -c 'import sys; sys.path[0] = \"{}\"; import {}' 2>&1 || true"
+    assert "No module named 'requests'" in inside(image, search.format("/var/task", "requests"))
+    assert "No module named 'awslambdaric'" in inside(image, search.format(f"/opt/{NAME}", "awslambdaric"))
+
+
+def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image):
+    on_lambda = build(sample, f"{NAME}-test:lambda", base_image, "--target", "lambda")
+    listing = "find / -xdev -type f -not -path '/proc/*' -not -path '/sys/*' -not -path '/etc/*' | sort"
+    emulator = set(inside(image, listing).splitlines()) - set(inside(on_lambda, listing).splitlines())
+    assert emulator == {"/usr/local/bin/aws-lambda-rie"}
+    inspect = ["docker", "image", "inspect", "--format", "{{json .Config.Entrypoint}} {{json .Config.Cmd}}"]
+    assert run(*inspect, on_lambda).stdout == run(*inspect, image).stdout
+
+
+@pytest.mark.parametrize("user", ["0:0", "1000:1000", "54321:12345"])
+def test_runs_as_any_user_read_only_and_without_capabilities(image, user):
+    port = free_port()
+    options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", user]
+    command = ["docker", "run", "--rm", "--detach", *options, "--publish", f"127.0.0.1:{port}:8080", image]
+    container = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    try:
+        url = f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations"
+
+        def invoke():
+            try:
+                return urllib.request.urlopen(url, b"{}", timeout=20).read()
+            except (urllib.error.URLError, ConnectionError):
+                return None
+
+        assert json.loads(wait_until(invoke)) == HELLO
+        wait_until(lambda: "Received event" in run("docker", "logs", container).stdout)
+    finally:
+        run("docker", "kill", container)
+
+
+def test_builds_with_buildkit_and_with_the_classic_builder(folder, base_image):
+    sample = copy_sample(folder / f"builders-{base_image}".replace(":", "-"))
+    commands = run("bash", "-c", "type -ap docker").stdout.split()
+    built = {}
+    for buildkit in "0", "1":
+        for command in commands:
+            tag = f"{NAME}-test:buildkit-{buildkit}"
+            options = ["build", "--tag", tag, "--build-arg", f"BASE_IMAGE={base_image}", sample]
+            built[buildkit] = run(command, *options, env={"DOCKER_BUILDKIT": buildkit, "PATH": "/usr/bin:/bin"})
+            if built[buildkit].returncode == 0:
+                break
+        else:
+            if "buildx" in built[buildkit].stderr:
+                missing("no docker command with BuildKit")
+            pytest.fail(built[buildkit].stderr)
+    assert re.search("exporting layers|writing image|exporting to image", built["1"].stderr)
+    assert "Step 1/" in built["0"].stdout
+
+
+def test_an_edit_of_one_line_of_code_builds_no_dependency_again(folder, base_image):
+    sample = copy_sample(folder / f"edit-{base_image}".replace(":", "-"))
+    build(sample, f"{NAME}-test:edit", base_image)
+    for edited in "lambda_function.py", f"{NAME}/extension.py":
+        with open(sample / edited, "a") as file:
+            file.write("# one more line\n")
+        command = ["docker", "build", "--build-arg", f"BASE_IMAGE={base_image}", sample]
+        again = run(*command)
+        assert again.returncode == 0
+        assert "pip3 install" in again.stdout + again.stderr
+        assert "Collecting" not in again.stdout + again.stderr
+        assert "apt-get update" in again.stdout + again.stderr
+        assert "Get:1" not in again.stdout + again.stderr

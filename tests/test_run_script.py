@@ -1,0 +1,323 @@
+"""python-example-extension.sh: its options, its one-line errors, and that it cleans up after itself."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HELLO, NAME, copy_sample, first_base_image, free_port, run, running, wait_until
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the host has to be Linux")
+
+
+def script(sample, *arguments, path=None, **environment):
+    """Runs the run script to its end. With a path, only the commands there are to be found."""
+    environment = os.environ | environment | ({"PATH": str(path)} if path else {})
+    return run(sample / f"{NAME}.sh", *arguments, env=environment, timeout=120)
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """A folder for PATH with the commands of this machine, but for those that a test removes or replaces."""
+    path = tmp_path / "commands"
+    path.mkdir()
+    for folder in reversed(os.environ["PATH"].split(":")):
+        for command in Path(folder).glob("*") if Path(folder).is_dir() else []:
+            (path / command.name).unlink(missing_ok=True)
+            (path / command.name).symlink_to(command)
+    return path
+
+
+def replace(commands, name, script):
+    (commands / name).unlink(missing_ok=True)
+    (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+    (commands / name).chmod(0o755)
+
+
+def one_line(ran):
+    """The last line of the error output, which has to be the script's own."""
+    line = ran.stderr.splitlines()[-1]
+    assert line.startswith(f"{NAME}: "), ran.stderr
+    return line
+
+
+def processes_of(sample):
+    """The processes that run in, or from, that copy of the sample."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            traces = process.joinpath("cmdline").read_text() + os.readlink(process / "cwd")
+        except OSError:
+            continue
+        if str(sample) in traces:
+            found.append(traces)
+    return found
+
+
+def tree(folder):
+    """Every path below a folder."""
+    return sorted(str(path) for path in Path(folder).rglob("*"))
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_shows_the_usage(sample, option):
+    ran = script(sample, option)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith(f"usage: ./{NAME}.sh [--docker | --host] [-e NAME[=VALUE]]...\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["--nonsense"], {}),
+        (["stray"], {}),
+        (["--docker", "--host"], {}),
+        (["-e"], {}),
+        (["-e", "1=2"], {}),
+        (["-e", "=2"], {}),
+        (["-e", "A-B=2"], {}),
+        ([], {"PORT": "http"}),
+        ([], {"PORT": "0"}),
+        ([], {"PORT": "65536"}),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exit_status_2(sample, arguments, environment):
+    ran = script(sample, *arguments, **environment)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.count("\n") == 1
+    one_line(ran)
+
+
+def test_a_port_in_use_is_one_line_and_exit_status_1(way, sample):
+    option, environment = way
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ran = script(sample, option, PORT=str(port), **environment)
+    assert ran.returncode == 1
+    assert f"port {port} is in use" in one_line(ran)
+
+
+@on_linux
+@pytest.mark.parametrize("broken", ["exit 127", "echo 3.9 1234 /usr/bin/python3.9"])
+def test_no_python_or_an_old_one_is_one_line_and_exit_status_1(sample, commands, broken):
+    replace(commands, "python3", broken)
+    ran = script(sample, "--host", path=commands, PORT=str(free_port()))
+    assert ran.returncode == 1
+    assert ran.stderr.count("\n") == 1
+    assert "Python 3.10" in one_line(ran)
+
+
+@on_linux
+def test_no_pip_is_one_line_and_exit_status_1(folder, commands):
+    fresh = copy_sample(folder / "no pip")
+    without_pip = folder / "without pip"
+    run(sys.executable, "-m", "venv", "--without-pip", without_pip)
+    (commands / "python3").unlink()
+    replace(commands, "python3", f'exec "{without_pip}/bin/python3" "$@"')
+    ran = script(fresh, "--host", path=commands, PORT=str(free_port()))
+    assert ran.returncode == 1
+    assert "pip is missing" in one_line(ran)
+    assert not list((fresh / ".host").iterdir())
+
+
+@on_linux
+def test_without_a_docker_command_it_says_so_and_runs_on_the_host(sample, commands):
+    (commands / "docker").unlink(missing_ok=True)
+    with running(sample, PATH=str(commands)) as started:
+        assert "on this host: there is no docker command" in started.output
+        assert json.loads(started.invoke()) == HELLO
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("docker", "reason"),
+    [
+        ("echo 'Cannot connect to the Docker daemon' >&2; exit 1", "no Docker engine answers"),
+        ("echo 'permission denied while trying to connect' >&2; exit 1", "this user may not use the Docker engine"),
+    ],
+)
+def test_without_a_docker_engine_it_says_so_and_runs_on_the_host(sample, commands, docker, reason):
+    replace(commands, "docker", docker)
+    with running(sample, PATH=str(commands)) as started:
+        assert f"on this host: {reason}" in started.output
+        assert json.loads(started.invoke()) == HELLO
+    ran = script(sample, "--docker", path=commands, PORT=str(free_port()))
+    assert ran.returncode == 1
+    assert reason in one_line(ran)
+
+
+@on_linux
+def test_with_an_engine_but_no_base_image_to_be_had_it_says_so_and_runs_on_the_host(sample, engine):
+    image = "localhost:1/no/such/image:here"
+    with running(sample, BASE_IMAGE=image) as started:
+        assert f"on this host: the base image {image} cannot be pulled" in started.output
+        assert json.loads(started.invoke()) == HELLO
+
+
+def test_docker_never_falls_back_when_the_base_image_cannot_be_had(sample, engine):
+    ran = script(sample, "--docker", BASE_IMAGE="localhost:1/no/such/image:here", PORT=str(free_port()))
+    assert ran.returncode == 1
+    assert "localhost:1/no/such/image:here cannot be pulled" in one_line(ran)
+    assert "BASE_IMAGE" in one_line(ran)
+    assert "--host" in one_line(ran)
+
+
+def test_with_an_engine_and_a_base_image_it_runs_in_docker(sample, engine):
+    with running(sample, BASE_IMAGE=first_base_image()) as started:
+        assert run("docker", "ps", "-q", "--filter", f"publish={started.port}").stdout
+        assert json.loads(started.invoke()) == HELLO
+
+
+def test_anything_but_linux_needs_docker(sample, commands):
+    replace(commands, "uname", "echo Darwin")
+    ran = script(sample, "--host", path=commands, PORT=str(free_port()))
+    assert ran.returncode == 1
+    assert "Docker" in one_line(ran)
+
+
+def test_listens_on_loopback_only_unless_told_otherwise(way, sample):
+    option, environment = way
+    with running(sample, option, **environment) as started, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", started.port))
+    with running(sample, option, host="127.0.0.2", **environment) as started:
+        assert f"http://127.0.0.2:{started.port}/" in started.output
+        assert json.loads(started.invoke()) == HELLO
+
+
+def test_two_copies_run_side_by_side_on_two_ports(way, sample):
+    option, environment = way
+    with running(sample, option, **environment) as one, running(sample, option, **environment) as other:
+        assert json.loads(one.invoke()) == json.loads(other.invoke()) == HELLO
+        assert one.received(1) != other.received(1)
+        one.stop()
+        assert json.loads(other.invoke()) == HELLO
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("invoked", [False, True], ids=["before the first invocation", "after an invocation"])
+def test_ends_within_two_seconds_with_0_and_leaves_nothing_running(way, sample, signum, invoked):
+    option, environment = way
+    with running(sample, option, **environment) as started:
+        if invoked:
+            started.invoke()
+        status, seconds = started.stop(signum)
+        assert status == 0
+        assert seconds < 2
+        if option == "--docker":
+            assert run("docker", "ps", "-aq", "--filter", f"publish={started.port}").stdout == ""
+        assert not wait_until(lambda: [processes_of(sample)])[0]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", started.port))
+
+
+@on_linux
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_writes_nothing_outside_its_ignored_folder(folder, tmp_path, commands, signum):
+    (commands / "rustc").unlink(missing_ok=True)  # pip asks for its version, and rustup then writes its settings
+    fresh = copy_sample(folder / f"written-{signum}")
+    before, opt = tree(fresh), os.listdir("/opt")
+    for name in "home", "tmp":
+        (tmp_path / name).mkdir()
+    environment = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PATH": str(commands)}
+    with running(fresh, "--host", **environment) as started:
+        started.invoke()
+        assert os.listdir("/opt") == opt
+        started.stop(signum)
+    assert tree(tmp_path / "home") == tree(tmp_path / "tmp") == []
+    assert [path for path in tree(fresh) if f"{fresh}/.host" not in path] == before
+    assert not list(fresh.glob(".host/run.*"))
+    assert run("git", "check-ignore", ".host", cwd=Path(__file__).parent.parent).returncode == 0
+
+
+@on_linux
+def test_an_edit_of_the_function_or_the_extension_is_there_at_the_next_run(folder, installed_sample):
+    edited = Path(shutil.copytree(installed_sample, folder / "edited", symlinks=True))
+    function, extension = edited / "lambda_function.py", edited / NAME / "extension.py"
+    function.write_text(function.read_text().replace("Hello from", "Good morning from"))
+    extension.write_text(extension.read_text().replace("Received event", "Saw event"))
+    with running(edited, "--host") as started:
+        assert "installing" not in started.output
+        assert json.loads(started.invoke())["body"] == '"Good morning from Lambda!"'
+        wait_until(lambda: "Saw event" in started.output)
+
+
+@on_linux
+def test_the_extension_sees_the_hosts_own_opt_beside_its_own(folder, installed_sample):
+    looking = Path(shutil.copytree(installed_sample, folder / "looking", symlinks=True))
+    (looking / "lambda_function.py").write_text(
+        "import os\ndef lambda_handler(event, _):\n    return os.listdir('/opt') + os.listdir('/opt/extensions')\n"
+    )
+    with running(looking, "--host") as started:
+        seen = json.loads(started.invoke())
+    assert set(seen) == {*os.listdir("/opt"), "extensions", NAME}
+
+
+@on_linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user already")
+def test_works_as_an_ordinary_user(folder):
+    theirs = copy_sample(folder / "of an ordinary user")
+    for path in [theirs, *theirs.rglob("*")]:
+        os.chown(path, 12345, 12345)
+    with running(theirs, "--host", user=12345, HOME="/", PATH="/usr/local/bin:/usr/bin:/bin") as started:
+        assert json.loads(started.invoke()) == HELLO
+        started.received()
+        assert started.stop()[0] == 0
+    assert not processes_of(theirs)
+
+
+@pytest.fixture(scope="module")
+def plain_container(folder, engine):
+    """Runs a bash script in a container, which refuses namespaces, with Python, pip and a copy of the sample."""
+    image = f"{NAME}-test:plain"
+    sample = copy_sample(folder / "plain")
+    command = ["docker", "build", "--target", "dependencies", "--tag", image]
+    built = run(*command, "--build-arg", f"BASE_IMAGE={first_base_image()}", sample)
+    assert built.returncode == 0, built.stderr
+
+    def start(commands, *options):
+        begin = "cp -r /mounted /tmp/sample && cd /tmp/sample\n"
+        mount = ["--volume", f"{sample}:/mounted:ro"]
+        command = ["docker", "run", "--rm", "--interactive", *mount, *options, image, "bash", "-s"]
+        return run(*command, input=begin + commands)
+
+    return start
+
+
+def test_where_namespaces_are_refused_it_links_into_opt_for_the_time_of_the_run(plain_container):
+    ran = plain_container(f"""
+        ./{NAME}.sh >log 2>&1 & script=$!
+        until grep 'ready;' log || ! kill -0 $script; do sleep 0.1; done
+        python3 -c '
+import urllib.request
+print(urllib.request.urlopen("http://localhost:8080/2015-03-31/functions/function/invocations", b"{{}}").read())'
+        echo during: $(ls /opt)
+        kill -TERM $script; wait $script; echo status: $?
+        echo after: $(ls /opt) $(ls .host | grep run)
+        sed s/^/log:/ log
+        cat /proc/[0-9]*/cmdline | tr '\\0' ' ' >/tmp/left
+        echo left: $(grep -o -e awslambdaric -e extension.py -e aws-lambda-rie /tmp/left)
+    """)
+    assert "Hello from Lambda!" in ran.stdout
+    assert f"during: extensions {NAME}\n" in ran.stdout
+    assert re.search("^status: 0$", ran.stdout, re.MULTILINE)
+    assert re.search("^after:$", ran.stdout, re.MULTILINE)
+    assert re.search("^left:$", ran.stdout, re.MULTILINE), ran.stdout
+    assert re.search(r"^log:\[\S+\] Received event", ran.stdout, re.MULTILINE)
+
+
+def test_where_namespaces_are_refused_it_does_not_replace_what_is_in_opt(plain_container):
+    ran = plain_container(f"mkdir /opt/extensions; ./{NAME}.sh; echo status: $?; ls /opt; ls .host | grep run")
+    assert "/opt/extensions is there already" in one_line(ran)
+    assert ran.stdout == "status: 1\nextensions\n"
+
+
+def test_where_namespaces_and_opt_are_refused_it_says_so_in_one_line(plain_container):
+    ran = plain_container(f"./{NAME}.sh; echo status: $?", "--user", "12345")
+    assert "no user namespaces, and no permission to write to /opt" in one_line(ran)
+    assert ran.stdout == "status: 1\n"

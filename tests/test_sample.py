@@ -1,0 +1,170 @@
+"""The running sample, on the host and in Docker alike: every way to invoke it, and what a function can do to it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import pytest
+from botocore.config import Config
+from conftest import HELLO, NAME, ROOT, copy_sample, first_base_image, missing, run, running, tool, wait_until
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+ERROR_TIMEOUT = 3
+
+
+@pytest.fixture(scope="module")
+def misbehaving_run(way, folder):
+    """The sample with a function that does what the event says, and a short function timeout."""
+    option, environment = way
+    copy = copy_sample(folder / f"misbehaving{option}")
+    shutil.copy(ROOT / "tests" / "misbehaving_function.py", copy / "lambda_function.py")
+    environment = environment | {"AWS_LAMBDA_FUNCTION_TIMEOUT": str(ERROR_TIMEOUT)}
+    with running(copy, option, "-e", "GREETING=good morning", "-e", "NOT_SET", **environment) as started:
+        yield started
+
+
+def works(sample_run):
+    """Whether the next invocation is answered and seen by the extension."""
+    before = len(sample_run.received(0) or [])
+    assert json.loads(sample_run.invoke(b'{"still": "here"}')) == {"still": "here"}
+    sample_run.received(before + 1)
+    return True
+
+
+def test_curl_gets_hello_from_lambda(sample_run):
+    url = f"{sample_run.endpoint}/2015-03-31/functions/function/invocations"
+    answer = run(tool("curl"), "-XPOST", url, "-d", '{"key": "value"}')
+    assert json.loads(answer.stdout) == HELLO
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_aws_cli_gets_hello_from_lambda(sample_run, tmp_path, version):
+    for folder in os.environ["PATH"].split(":"):
+        command = shutil.which("aws", path=folder)
+        if command and f"aws-cli/{version}" in run(command, "--version").stdout:
+            break
+    else:
+        missing(f"no AWS CLI version {version} on this machine")
+    options = ["--cli-binary-format", "raw-in-base64-out"] if version == 2 else []
+    options += ["--function-name", "function", "--payload", '{"key": "value"}', "--endpoint-url", sample_run.endpoint]
+    answer = tmp_path / "answer.json"
+    invoked = run(command, "lambda", "invoke", *options, answer, env=os.environ | CREDENTIALS)
+    assert invoked.returncode == 0, invoked.stderr
+    assert json.loads(answer.read_text()) == HELLO
+
+
+def test_boto3_gets_hello_from_lambda(sample_run):
+    client = boto3.client(
+        "lambda",
+        endpoint_url=sample_run.endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="any",
+        aws_secret_access_key="any",
+        config=Config(retries={"max_attempts": 0}),
+    )
+    answer = client.invoke(FunctionName="function", Payload=json.dumps({"key": "value"}))
+    assert answer["StatusCode"] == 200
+    assert json.load(answer["Payload"]) == HELLO
+
+
+def test_the_extension_logs_the_request_id_of_each_invocation(sample_run):
+    before = len(sample_run.received(0) or [])
+    for _ in range(3):
+        sample_run.invoke()
+    logged = sample_run.received(before + 3)[before:]
+    started = re.findall(r"^START RequestId: (\S+)", sample_run.output, re.MULTILINE)
+    assert logged == started[-3:]
+
+
+def test_a_hundred_invocations_in_a_row_are_answered_and_logged(sample_run):
+    before = len(sample_run.received(0) or [])
+    assert all(json.loads(sample_run.invoke()) == HELLO for _ in range(100))
+    sample_run.received(before + 100)
+    assert sample_run.output.count("Registered with ID") == 1
+
+
+def test_one_process_is_the_extension_and_its_launcher_is_gone(sample_run):
+    sample_run.invoke()
+    processes = run("ps", "-eo", "args").stdout if shutil.which("ps") else missing("no ps on this machine")
+    assert re.search(rf"^\S*python3 -E -s /opt/{NAME}/extension.py$", processes, re.MULTILINE)
+    assert "/opt/extensions/" not in processes
+
+
+def test_a_payload_of_five_megabytes_goes_through(misbehaving_run):
+    payload = json.dumps({"data": "x" * 5_000_000}).encode()
+    assert json.loads(misbehaving_run.invoke(payload)) == json.loads(payload)
+    assert works(misbehaving_run)
+
+
+def test_a_handler_that_raises_is_answered_with_its_error(misbehaving_run):
+    error = json.loads(misbehaving_run.invoke(b'{"raise": "no"}'))
+    assert (error["errorType"], error["errorMessage"]) == ("ValueError", "no")
+    assert works(misbehaving_run)
+
+
+def test_a_body_that_is_not_json_is_answered_with_an_error(misbehaving_run):
+    error = json.loads(misbehaving_run.invoke(b"{not json"))
+    assert error["errorType"] == "Runtime.UnmarshalError"
+    assert works(misbehaving_run)
+
+
+def test_a_handler_that_runs_into_its_timeout_is_ended(misbehaving_run):
+    registered = misbehaving_run.output.count("Registered with ID")
+    answer = misbehaving_run.invoke(b'{"sleep": 60}')
+    assert answer.decode() == f"Task timed out after {ERROR_TIMEOUT}.00 seconds"
+    assert works(misbehaving_run)
+    assert misbehaving_run.output.count("Registered with ID") == registered + 1
+
+
+def test_a_function_whose_process_dies_is_answered_with_an_error(misbehaving_run):
+    registered = misbehaving_run.output.count("Registered with ID")
+    error = json.loads(misbehaving_run.invoke(b'{"exit": 3}'))
+    assert error["errorType"] == "Runtime.ExitError"
+    assert works(misbehaving_run)
+    assert misbehaving_run.output.count("Registered with ID") == registered + 1
+
+
+def test_the_function_gets_the_variables_named_with_e_and_nothing_else_of_the_shell(misbehaving_run):
+    environ = json.loads(misbehaving_run.invoke(b'{"environ": true}'))
+    assert environ["GREETING"] == "good morning"
+    assert environ["AWS_LAMBDA_FUNCTION_NAME"] == NAME
+    assert environ["AWS_LAMBDA_FUNCTION_TIMEOUT"] == str(ERROR_TIMEOUT)
+    assert not {"NOT_SET", "HOST", "PORT", "BASE_IMAGE", "PYTEST_CURRENT_TEST"} & environ.keys()
+
+
+def test_four_invocations_run_at_the_same_time_on_managed_instances(way, folder):
+    option, environment = way
+    if option == "--host" and os.geteuid() != 0:
+        pytest.skip("on the host the emulator's mode for Lambda Managed Instances needs root")
+    copy = folder / f"misbehaving{option}"
+    with running(copy, option, AWS_LAMBDA_MAX_CONCURRENCY="4", **environment) as started:
+        sleep, json_type = b'{"sleep": 2}', {"Content-Type": "application/json"}
+        wait_until(lambda: "Registered with ID" in started.output)
+        wait_until(lambda: json.loads(started.invoke(b"{}", **json_type) or b"null") == {})
+        time.sleep(0.5)  # for the other three workers
+        with ThreadPoolExecutor(5) as pool:
+            start = time.monotonic()
+            four = [pool.submit(started.invoke, sleep, **json_type) for _ in range(4)]
+            time.sleep(0.5)
+            fifth = started.invoke(sleep, **json_type)
+            assert [json.loads(future.result()) for future in four] == [{"sleep": 2}] * 4
+            assert time.monotonic() - start < 4  # one after the other they would take eight seconds
+        assert json.loads(fifth)["errorType"] == "Runtime.Unavailable"
+        started.stop()
+        assert '"INVOKE"' not in started.output
+        assert '"eventType": "SHUTDOWN"' in started.output
+
+
+def test_docker_stop_ends_it_within_two_seconds(sample, engine):
+    with running(sample, "--docker", BASE_IMAGE=first_base_image()) as started:
+        container = run("docker", "ps", "-q", "--filter", f"publish={started.port}").stdout.strip()
+        started.invoke()
+        start = time.monotonic()
+        subprocess.run(["docker", "stop", container], check=True, stdout=subprocess.DEVNULL)
+        assert time.monotonic() - start < 2
+        assert started.process.wait(5) == 0
