@@ -27,8 +27,8 @@ def log(message):
     """Writes one line (str) to standard output, which Lambda sends to CloudWatch Logs."""
     try:
         os.write(sys.stdout.fileno(), f"[{NAME}] {message}\n".encode())
-    except OSError:
-        pass  # nobody reads the log any more, which is no reason to stop
+    except (OSError, AttributeError):
+        pass  # nobody reads the log (any more), which is no reason to stop
 
 
 def main():

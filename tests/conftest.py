@@ -85,6 +85,18 @@ def installed_sample(sample):
 
 
 @pytest.fixture(scope="session")
+def extension(folder):
+    """The extension with its dependencies, in a folder of its name."""
+    target = folder / NAME
+    requirements = ROOT / NAME / "requirements.txt"
+    installed = run("python3", "-m", "pip", "install", "--quiet", "--target", target, "-r", requirements)
+    assert installed.returncode == 0, installed.stderr
+    for source in (ROOT / NAME).glob("*.py"):
+        (target / source.name).write_bytes(source.read_bytes())
+    return target / "extension.py"
+
+
+@pytest.fixture(scope="session")
 def engine():
     """Makes sure that a Docker engine answers."""
     if run(tool("docker"), "version").returncode != 0:

@@ -1,66 +1,11 @@
 """The extension as a process, with an Extensions API that the test controls."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
 
-import pytest
-from conftest import NAME, ROOT, run, wait_until
-from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, answer, invoke
-
-
-@pytest.fixture(scope="session")
-def extension(folder):
-    """The extension with its dependencies, in a folder of its name."""
-    target = folder / NAME
-    requirements = ROOT / NAME / "requirements.txt"
-    installed = run("python3", "-m", "pip", "install", "--quiet", "--target", target, "-r", requirements)
-    assert installed.returncode == 0, installed.stderr
-    for source in (ROOT / NAME).glob("*.py"):
-        (target / source.name).write_bytes(source.read_bytes())
-    return target / "extension.py"
-
-
-class Started:
-    """A started extension: its process, and its output and error output so far."""
-
-    def __init__(self, process, stdout, stderr):
-        self.process, self._stdout, self._stderr = process, Path(stdout.name), Path(stderr.name)
-
-    @property
-    def stdout(self):
-        return self._stdout.read_text()
-
-    @property
-    def stderr(self):
-        return self._stderr.read_text()
-
-
-@contextmanager
-def started(extension, api, **environment):
-    """Starts the extension as its launcher does, against that API (a server, or an address as str)."""
-    address = api if isinstance(api, str) else api.address
-    environment = {"PATH": os.environ["PATH"], "AWS_LAMBDA_RUNTIME_API": address} | environment
-    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        command = [sys.executable, "-E", "-s", extension]
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd="/")
-        try:
-            yield Started(process, stdout, stderr)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def end_of(extension, api, **environment):
-    """Runs the extension to its end and returns exit status, output and error output."""
-    with started(extension, api, **environment) as it:
-        return it.process.wait(20), it.stdout, it.stderr
+from conftest import NAME, wait_until
+from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, invoke
+from started_extension import end_of, started
 
 
 def test_registers_for_invoke_and_shutdown_under_the_name_of_its_folder(extension):
@@ -104,26 +49,9 @@ def test_logs_the_shutdown_event_with_its_reason_and_exits_0(extension):
     assert stderr == ""
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_it_waits_ends_it_at_once_with_0(extension, signum):
-    with ExtensionsApiServer() as api, started(extension, api) as it:
-        wait_until(lambda: api.asked("event/next"))
-        it.process.send_signal(signum)
-        assert it.process.wait(2) == 0
-        assert it.stderr == ""
-
-
 def test_uses_at_most_two_connections_for_a_thousand_events(extension):
     with ExtensionsApiServer([*(invoke(str(number)) for number in range(1000)), SHUTDOWN]) as api:
         status, stdout, _ = end_of(extension, api)
         assert api.connections <= 2
     assert status == 0
     assert stdout.count("Received event") == 1001
-
-
-def test_an_event_type_from_the_future_is_logged_and_passed_over(extension):
-    with ExtensionsApiServer([answer(body={"eventType": "HIBERNATE"}), invoke("after"), SHUTDOWN]) as api:
-        status, stdout, _ = end_of(extension, api)
-    assert status == 0
-    assert f'[{NAME}] Passed over an unknown event: {{"eventType": "HIBERNATE"}}\n' in stdout
-    assert '"requestId": "after"' in stdout

@@ -113,19 +113,22 @@ def test_a_body_that_is_not_json_is_answered_with_an_error(misbehaving_run):
     assert works(misbehaving_run)
 
 
-def test_a_handler_that_runs_into_its_timeout_is_ended(misbehaving_run):
+def test_a_handler_that_runs_into_its_timeout_is_ended_and_the_extension_starts_anew(misbehaving_run):
     registered = misbehaving_run.output.count("Registered with ID")
     answer = misbehaving_run.invoke(b'{"sleep": 60}')
     assert answer.decode() == f"Task timed out after {ERROR_TIMEOUT}.00 seconds"
     assert works(misbehaving_run)
+    assert '"eventType": "SHUTDOWN"' in misbehaving_run.output
+    assert '"shutdownReason": "Timeout"' in misbehaving_run.output
     assert misbehaving_run.output.count("Registered with ID") == registered + 1
 
 
-def test_a_function_whose_process_dies_is_answered_with_an_error(misbehaving_run):
+def test_a_function_whose_process_dies_is_answered_with_an_error_and_the_extension_starts_anew(misbehaving_run):
     registered = misbehaving_run.output.count("Registered with ID")
     error = json.loads(misbehaving_run.invoke(b'{"exit": 3}'))
     assert error["errorType"] == "Runtime.ExitError"
     assert works(misbehaving_run)
+    assert '"shutdownReason": "ReleaseFail"' in misbehaving_run.output
     assert misbehaving_run.output.count("Registered with ID") == registered + 1
 
 

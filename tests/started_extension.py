@@ -1,0 +1,45 @@
+"""The extension as a process of its own, with its dependencies but without Lambda."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+class StartedExtension:
+    """A started extension: its process, and its output and error output so far."""
+
+    def __init__(self, process, stdout, stderr):
+        self.process, self._stdout, self._stderr = process, Path(stdout.name), Path(stderr.name)
+
+    @property
+    def stdout(self):
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self):
+        return self._stderr.read_text()
+
+
+@contextlib.contextmanager
+def started(extension, api, prefix=(), **environment):
+    """Starts the extension as its launcher does, against that API (a server, an address as str, or None)."""
+    environment = {"PATH": os.environ["PATH"]} | environment
+    if api:
+        environment["AWS_LAMBDA_RUNTIME_API"] = getattr(api, "address", api)
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        command = [*prefix, sys.executable, "-E", "-s", extension]
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd="/")
+        try:
+            yield StartedExtension(process, stdout, stderr)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def end_of(extension, api, prefix=(), **environment):
+    """Runs the extension to its end and returns exit status, output and error output."""
+    with started(extension, api, prefix, **environment) as it:
+        return it.process.wait(30), it.stdout, it.stderr
