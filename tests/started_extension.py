@@ -30,7 +30,7 @@ def started(extension, api, prefix=(), **environment):
     if api:
         environment["AWS_LAMBDA_RUNTIME_API"] = getattr(api, "address", api)
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        command = [*prefix, sys.executable, "-E", "-s", extension]
+        command = [*prefix, sys.executable, "-E", "-s", "-S", extension]
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd="/")
         try:
             yield StartedExtension(process, stdout, stderr)

@@ -2,8 +2,9 @@
 
 import json
 import re
+import sys
 
-from conftest import NAME, wait_until
+from conftest import NAME, run, wait_until
 from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, invoke
 from started_extension import end_of, started
 
@@ -47,6 +48,27 @@ def test_logs_the_shutdown_event_with_its_reason_and_exits_0(extension):
     assert status == 0
     assert '"shutdownReason": "spindown"' in stdout
     assert stderr == ""
+
+
+def test_builds_its_request_for_events_once(extension):
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import requests
+from extensions_api import ExtensionsApi
+built = []
+prepare = requests.PreparedRequest.prepare
+requests.PreparedRequest.prepare = lambda self, **parts: (built.append(parts), prepare(self, **parts))
+api = ExtensionsApi("name")
+api.register()
+for _ in range(100):
+    api.next_event()
+print(len(built))
+"""
+    with ExtensionsApiServer([invoke("one")]) as api:
+        environment = {"AWS_LAMBDA_RUNTIME_API": api.address}
+        ran = run(sys.executable, "-E", "-s", "-S", "-c", script, extension.parent, env=environment)
+    assert ran.stdout == "1\n", ran.stderr
 
 
 def test_uses_at_most_two_connections_for_a_thousand_events(extension):

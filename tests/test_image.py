@@ -52,6 +52,24 @@ def test_the_dependencies_of_the_function_and_of_the_extension_do_not_meet(image
     assert "No module named 'awslambdaric'" in inside(image, search.format(f"/opt/{NAME}", "awslambdaric"))
 
 
+def test_nothing_is_compiled_at_run_time(image):
+    extension = (
+        f"cd /; python3 -v -E -s -S -c 'import sys; sys.path[0] = \"/opt/{NAME}\"; import extension, requests' 2>&1"
+    )
+    function = "python3 -v -c 'import awslambdaric.__main__, awslambdaric.bootstrap, lambda_function' 2>&1"
+    for imports in extension, function:
+        trace = inside(image, imports)
+        assert "matches /" in trace
+        assert not re.findall(r"^# code object from (?!'?/\S+\.pyc)\S+", trace, re.MULTILINE)
+
+
+def test_it_adds_at_most_60_mb_to_its_base(base_image, image):
+    def size(name):
+        return int(run("docker", "image", "inspect", "--format", "{{.Size}}", name).stdout)
+
+    assert size(image) - size(base_image) <= 60_000_000
+
+
 def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image):
     on_lambda = build(sample, f"{NAME}-test:lambda", base_image, "--target", "lambda")
     listing = "find / -xdev -type f -not -path '/proc/*' -not -path '/sys/*' -not -path '/etc/*' | sort"

@@ -91,7 +91,7 @@ def test_a_hundred_invocations_in_a_row_are_answered_and_logged(sample_run):
 def test_one_process_is_the_extension_and_its_launcher_is_gone(sample_run):
     sample_run.invoke()
     processes = run("ps", "-eo", "args").stdout if shutil.which("ps") else missing("no ps on this machine")
-    assert re.search(rf"^\S*python3 -E -s /opt/{NAME}/extension.py$", processes, re.MULTILINE)
+    assert re.search(rf"^\S*python3 -E -s -S /opt/{NAME}/extension.py$", processes, re.MULTILINE)
     assert "/opt/extensions/" not in processes
 
 

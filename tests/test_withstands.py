@@ -132,7 +132,7 @@ def test_standard_output_closed_by_its_reader(extension):
     with ExtensionsApiServer([invoke("one"), invoke("two"), SHUTDOWN]) as api:
         reader, writer = os.pipe()
         environment = {"PATH": os.environ["PATH"], "AWS_LAMBDA_RUNTIME_API": api.address}
-        command = [sys.executable, "-E", "-s", extension]
+        command = [sys.executable, "-E", "-s", "-S", extension]
         process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
         os.close(writer)
         os.close(reader)

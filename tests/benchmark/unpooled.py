@@ -1,0 +1,21 @@
+#!/usr/bin/env python3
+"""The plainest extension: requests.get for every event, each on a new TCP connection."""
+
+import json
+import os
+from pathlib import Path
+
+import requests
+
+NAME = Path(__file__).parent.name
+API = f"http://{os.environ['AWS_LAMBDA_RUNTIME_API']}/2020-01-01/extension"
+
+registered = requests.post(
+    f"{API}/register", json={"events": ["INVOKE", "SHUTDOWN"]}, headers={"Lambda-Extension-Name": NAME}
+)
+headers = {"Lambda-Extension-Identifier": registered.headers["Lambda-Extension-Identifier"]}
+while True:
+    event = requests.get(f"{API}/event/next", headers=headers).json()
+    print(f"[{NAME}] Received event: {json.dumps(event)}", flush=True)
+    if event["eventType"] == "SHUTDOWN":
+        break
