@@ -16,6 +16,8 @@ Without --docker or --host: in Docker if that is possible, otherwise on this hos
 
 Environment: HOST and PORT to listen on (127.0.0.1, 8080), BASE_IMAGE of the image,
 AWS_LAMBDA_FUNCTION_TIMEOUT in seconds, AWS_LAMBDA_MAX_CONCURRENCY for Lambda Managed Instances.
+LAMBDA_RUNTIME_API_DAEMON is the path of the Lambda Runtime API Daemon, to use instead of AWS's emulator;
+AWS_LAMBDA_MAX_CONCURRENCY is then its number of runtimes, and AMQP_URI, AMQP_USERNAME, AMQP_PASSWORD its broker.
 END
 }
 
@@ -41,8 +43,15 @@ pass_on() {
     fi
 }
 
+daemon=${LAMBDA_RUNTIME_API_DAEMON:-}
 pass_on AWS_LAMBDA_FUNCTION_TIMEOUT
-pass_on AWS_LAMBDA_MAX_CONCURRENCY
+if [ -z "$daemon" ]; then
+    pass_on AWS_LAMBDA_MAX_CONCURRENCY
+else
+    environment+=("MAX_CONCURRENCY=${AWS_LAMBDA_MAX_CONCURRENCY:-1}")
+    pass_on AMQP_USERNAME
+    pass_on AMQP_PASSWORD
+fi
 while [ $# -gt 0 ]; do
     case $1 in
     --docker | --host)
@@ -66,6 +75,11 @@ managed=''
 [[ " ${environment[*]}" != *" AWS_LAMBDA_MAX_CONCURRENCY="* ]] || managed=yes
 [[ $PORT =~ ^[0-9]{1,5}$ && $PORT -ge 1 && $PORT -le 65535 ]] || fail "PORT takes a number from 1 to 65535, not '$PORT'" 2
 
+if [ -n "$daemon" ]; then
+    [ -f "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: there is no file $daemon"
+    [ -x "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: $daemon is not executable; try: chmod +x $daemon"
+    daemon=$(cd "$(dirname "$daemon")" && pwd)/${daemon##*/}
+fi
 cd "$(dirname "$0")"
 [ -n "${BASE_IMAGE:-}" ] || BASE_IMAGE=$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile)
 
@@ -113,10 +127,20 @@ answers() {
 
 job='' container='' folder='' links=()
 
+# Tells the Daemon which broker to use, on machine $1 unless AMQP_URI says otherwise; an empty AMQP_URI means none.
+set_broker() {
+    AMQP_URI=${AMQP_URI-amqp://$1:5672?connection_attempts=20&retry_delay=10&heartbeat=0}
+    environment+=("AMQP_URI=$AMQP_URI")
+}
+
 run_in_docker() {
     local variable options=(--user 1000:1000)
     # For Lambda Managed Instances the emulator starts as root, and the extension and the runtime as Lambda's user.
     [ -z "$managed" ] || options=(--user root --cap-add SETUID --cap-add SETGID --cap-add KILL)
+    if [ -n "$daemon" ]; then
+        set_broker host.docker.internal
+        options+=(--volume "$daemon:/usr/local/bin/aws-lambda-rie:ro" --add-host host.docker.internal:host-gateway)
+    fi
     for variable in "${environment[@]}"; do
         options+=(--env "$variable")
     done
@@ -145,7 +169,7 @@ install_dependencies() {
 }
 
 run_on_host() {
-    local version api_port installed handler mounts link path
+    local version api_port installed emulator handler mounts link path
     # Its version, a free port for the emulator's internal API, and its real path (python3 may be a slow wrapper).
     read -r version api_port python < <(python3 -c '
 import socket, sys
@@ -175,7 +199,8 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
     # In mount and PID namespaces of its own /opt shows ours above the host's, and whatever is started ends with it.
     # shellcheck disable=SC2016 # it is the inner shell that expands
-    mounts='cd "$0" && mount -t overlay -o lowerdir=opt:/opt overlay /opt && mount --bind opt/extensions /opt/extensions'
+    mounts='cd "$0" && mount -t overlay -o lowerdir=opt:/opt overlay /opt && mount --bind opt/extensions /opt/extensions &&
+        mount -t proc proc /proc'
     # For Lambda Managed Instances the emulator takes no other path than these.
     [ -z "$managed" ] || mounts+=' && mount -t overlay -o lowerdir=var:/var overlay /var'
     isolate=(unshare --mount --pid --fork --kill-child)
@@ -194,15 +219,20 @@ with socket.create_server(("127.0.0.1", 0)) as server:
         fi
     fi
 
+    emulator=("$folder/aws-lambda-rie" --runtime-interface-emulator-address "$HOST:$PORT"
+        --runtime-api-address "127.0.0.1:$api_port")
+    if [ -n "$daemon" ]; then
+        set_broker localhost
+        environment+=("INVOKE_API_HOST=$HOST" "PORT=$PORT" "RUNTIME_API_PORT=$api_port")
+        emulator=("$daemon")
+    fi
     handler=$(sed -n 's/^CMD \["\(.*\)"\]$/\1/p' Dockerfile)
     # shellcheck disable=SC2016
-    "${isolate[@]}" sh -c "$mounts"'
-        read -r pid _ </proc/self/stat
-        echo "$pid" >"$0/pid" # as seen from outside
+    "${isolate[@]}" sh -c 'read -r pid _ </proc/self/stat && echo "$pid" >"$0/pid" # as seen from outside
+        '"$mounts"'
         cd "$0/var/task" && exec env -i "$@"' "$folder" \
         PATH="${python%/*}:/usr/local/bin:/usr/bin:/bin" LAMBDA_TASK_ROOT="$folder/var/task" "${environment[@]}" \
-        "$folder/aws-lambda-rie" --runtime-interface-emulator-address "$HOST:$PORT" \
-        --runtime-api-address "127.0.0.1:$api_port" "$folder/var/runtime/bootstrap" "$handler" &
+        "${emulator[@]}" "$folder/var/runtime/bootstrap" "$handler" &
     job=$!
 }
 
@@ -240,6 +270,15 @@ until answers; do
     kill -0 "$job" 2>/dev/null || fail "it ended before it was ready; its own words are above"
     sleep 0.05
 done
+# AWS's emulator knows the function by this name alone, the Daemon by its own.
+function=function
+if [ -n "$daemon" ]; then
+    function=$name
+    AMQP_URI=${AMQP_URI##*@} # without a password
+    say "AMQP: queue $name at ${AMQP_URI:-no broker}. Without a broker there, HTTP works all the same."
+    [ "$mode" = host ] || [ -n "${AMQP_USERNAME:-}" ] ||
+        say "RabbitMQ lets its user guest in from its own machine only: set AMQP_USERNAME and AMQP_PASSWORD"
+fi
 say "ready; Ctrl-C ends it. Try:
-    curl -XPOST http://${HOST/127.0.0.1/localhost}:$PORT/2015-03-31/functions/function/invocations -d '{\"key\": \"value\"}'"
+    curl -XPOST http://${HOST/127.0.0.1/localhost}:$PORT/2015-03-31/functions/$function/invocations -d '{\"key\": \"value\"}'"
 wait "$job" || fail "it ended with exit status $?"

@@ -22,6 +22,8 @@ HELLO = {"statusCode": 200, "body": '"Hello from Lambda!"'}
 DEFAULT_BASE_IMAGE = re.search(r"^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)
 # On CI more than one, such as "debian:bookworm debian:trixie".
 BASE_IMAGES = os.environ.get("BASE_IMAGES", os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)).split()
+# The tests of the Daemon use it; to all others it must not be there.
+DAEMON = os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", None)
 
 
 def missing(what):
@@ -149,10 +151,18 @@ class Running:
         except urllib.error.HTTPError as error:
             return error.read()
 
-    def received(self, count=1):
-        """Waits until the extension has logged that many INVOKE events; returns their request ids."""
+    @property
+    def received(self):
+        """The request ids of the INVOKE events that the extension has logged so far."""
         pattern = r'^\[\S+\] Received event: .*"INVOKE".*"requestId": "([^"]+)"'
-        return wait_until(lambda: len(ids := re.findall(pattern, self.output, re.MULTILINE)) >= count and ids)
+        return re.findall(pattern, self.output, re.MULTILINE)
+
+    @contextlib.contextmanager
+    def receives(self, count=1):
+        """Waits, at the end, until the extension has logged that many INVOKE events since the start."""
+        before = len(self.received)
+        yield
+        wait_until(lambda: len(self.received) >= before + count)
 
     def stop(self, signum=signal.SIGTERM):
         """Ends the run as a terminal or a supervisor would; returns exit status and seconds taken."""

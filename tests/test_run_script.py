@@ -194,7 +194,8 @@ def test_two_copies_run_side_by_side_on_two_ports(way, sample):
     option, environment = way
     with running(sample, option, **environment) as one, running(sample, option, **environment) as other:
         assert json.loads(one.invoke()) == json.loads(other.invoke()) == HELLO
-        assert one.received(1) != other.received(1)
+        wait_until(lambda: one.received and other.received)
+        assert one.received != other.received
         one.stop()
         assert json.loads(other.invoke()) == HELLO
 
@@ -265,8 +266,8 @@ def test_works_as_an_ordinary_user(folder):
     for path in [theirs, *theirs.rglob("*")]:
         os.chown(path, 12345, 12345)
     with running(theirs, "--host", user=12345, HOME="/", PATH="/usr/local/bin:/usr/bin:/bin") as started:
-        assert json.loads(started.invoke()) == HELLO
-        started.received()
+        with started.receives():
+            assert json.loads(started.invoke()) == HELLO
         assert started.stop()[0] == 0
     assert not processes_of(theirs)
 

@@ -30,10 +30,8 @@ def misbehaving_run(way, folder):
 
 def works(sample_run):
     """Whether the next invocation is answered and seen by the extension."""
-    before = len(sample_run.received(0) or [])
-    assert json.loads(sample_run.invoke(b'{"still": "here"}')) == {"still": "here"}
-    sample_run.received(before + 1)
-    return True
+    with sample_run.receives():
+        return json.loads(sample_run.invoke(b'{"still": "here"}')) == {"still": "here"}
 
 
 def test_curl_gets_hello_from_lambda(sample_run):
@@ -73,18 +71,16 @@ def test_boto3_gets_hello_from_lambda(sample_run):
 
 
 def test_the_extension_logs_the_request_id_of_each_invocation(sample_run):
-    before = len(sample_run.received(0) or [])
-    for _ in range(3):
-        sample_run.invoke()
-    logged = sample_run.received(before + 3)[before:]
+    with sample_run.receives(3):
+        for _ in range(3):
+            sample_run.invoke()
     started = re.findall(r"^START RequestId: (\S+)", sample_run.output, re.MULTILINE)
-    assert logged == started[-3:]
+    assert sample_run.received[-3:] == started[-3:]
 
 
 def test_a_hundred_invocations_in_a_row_are_answered_and_logged(sample_run):
-    before = len(sample_run.received(0) or [])
-    assert all(json.loads(sample_run.invoke()) == HELLO for _ in range(100))
-    sample_run.received(before + 100)
+    with sample_run.receives(100):
+        assert all(json.loads(sample_run.invoke()) == HELLO for _ in range(100))
     assert sample_run.output.count("Registered with ID") == 1
 
 

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Invokes a Lambda function through RabbitMQ, where the Lambda Runtime API Daemon serves a queue of its name."""
+
+import argparse
+import sys
+import time
+import uuid
+
+import pika
+
+
+def invoke(channel, function, event, seconds=30):
+    """Publishes the event (JSON, as bytes) to the function's queue and returns its answer (bytes).
+
+    channel is an open pika channel with delivery confirmation. Raises pika.exceptions.UnroutableError if the function
+    has no queue, which means that nothing serves it, and TimeoutError if there is no answer within the seconds.
+    """
+    answers = channel.queue_declare(queue="", exclusive=True).method.queue
+    correlation_id = str(uuid.uuid4())
+    properties = pika.BasicProperties(
+        content_type="application/json",
+        correlation_id=correlation_id,
+        reply_to=answers,
+        expiration=str(int(seconds * 1000)),  # an answer that nobody waits for any more need not be worked out
+    )
+    channel.basic_publish(exchange="", routing_key=function, body=event, properties=properties, mandatory=True)
+    deadline = time.monotonic() + seconds
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            method, properties, answer = next(channel.consume(answers, auto_ack=True, inactivity_timeout=left))
+            if method and properties.correlation_id == correlation_id:
+                return answer
+    finally:
+        channel.cancel()
+        channel.queue_delete(answers)
+    raise TimeoutError(f"no answer from {function} within {seconds} s")
+
+
+def main():
+    """Invokes the function that the command line names, and prints its answer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("function")
+    parser.add_argument("event", nargs="?", default="{}", help="JSON (default: {})")
+    parser.add_argument("--uri", default="amqp://localhost", help="of the broker: amqp://user:password@host:port")
+    parser.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for the answer (default: 30)")
+    options = parser.parse_args()
+    parameters = pika.URLParameters(options.uri)
+    broker = f"{parameters.host}:{parameters.port}"
+    try:
+        with pika.BlockingConnection(parameters) as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            print(invoke(channel, options.function, options.event.encode(), options.timeout).decode())
+    except pika.exceptions.UnroutableError:
+        sys.exit(f"nothing serves the function {options.function}: it has no queue at {broker}")
+    except pika.exceptions.AMQPConnectionError as error:
+        sys.exit(f"no RabbitMQ at {broker}, or it does not let us in: {error!r}")
+    except TimeoutError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
