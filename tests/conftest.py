@@ -35,7 +35,8 @@ def missing(what):
 
 def tool(name):
     """The path of a command that not every machine has."""
-    return shutil.which(name, path=VENV) or shutil.which(name) or missing(f"no {name} on this machine")
+    path = f"{VENV}:{os.environ['PATH']}:{ROOT / '.venv' / 'sam' / 'bin'}"
+    return shutil.which(name, path=path) or missing(f"no {name} on this machine")
 
 
 def run(*command, **options):

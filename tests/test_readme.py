@@ -8,7 +8,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def section(title):
-    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL).group(1)
+    return re.search(rf"^##+ {title}\n(.*?)(?=^##+ |\Z)", README, re.MULTILINE | re.DOTALL).group(1)
 
 
 def test_every_row_of_what_it_withstands_is_a_test_of_that_name_and_the_other_way_round():
