@@ -163,6 +163,7 @@ install_dependencies() {
         ! pip --target "$1/opt/$name" -r "$name/requirements.txt" ||
         ! pip --target "$1/sam" --no-deps --no-compile -r requirements-rie.txt ||
         ! errors=$(install "$1/sam/samcli/local/rapid/aws-lambda-rie-$cpu" "$1/aws-lambda-rie" 2>&1); then
+        [[ $errors != *"connection broken"* ]] || errors="pip cannot reach its package index; is there a network?"
         fail "the dependencies cannot be installed: ${errors##*$'\n'}"
     fi
     rm -rf "$1/sam"
@@ -197,13 +198,14 @@ with socket.create_server(("127.0.0.1", 0)) as server:
     fi
     chmod 755 "$folder"
 
-    # In mount and PID namespaces of its own /opt shows ours above the host's, and whatever is started ends with it.
+    # In mount and PID namespaces of its own /opt shows ours above the host's, and whatever is started ends with this
+    # script, however that ends.
     # shellcheck disable=SC2016 # it is the inner shell that expands
     mounts='cd "$0" && mount -t overlay -o lowerdir=opt:/opt overlay /opt && mount --bind opt/extensions /opt/extensions &&
         mount -t proc proc /proc'
     # For Lambda Managed Instances the emulator takes no other path than these.
     [ -z "$managed" ] || mounts+=' && mount -t overlay -o lowerdir=var:/var overlay /var'
-    isolate=(unshare --mount --pid --fork --kill-child)
+    isolate=(setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child)
     if ! "${isolate[@]}" sh -c "$mounts" "$folder" 2>/dev/null; then
         [ -z "$managed" ] || fail "AWS_LAMBDA_MAX_CONCURRENCY needs root here (and mount namespaces); or use --docker"
         isolate+=(--map-root-user)

@@ -152,6 +152,11 @@ class Running:
         except urllib.error.HTTPError as error:
             return error.read()
 
+    def wait_until_ready(self):
+        """Waits for the ready line, which a first run takes a while to print."""
+        wait_until(lambda: "ready;" in self.output or self.process.poll() is not None, 300)
+        assert self.process.poll() is None, self.output
+
     @property
     def received(self):
         """The request ids of the INVOKE events that the extension has logged so far."""
@@ -176,13 +181,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(sample, *arguments, user=None, host="127.0.0.1", **environment):
+def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment):
     """Runs the sample's run script until the ready line, in a session of its own, then lets the caller use it."""
     port = free_port()
     environment = os.environ | {"PORT": str(port), "HOST": host} | environment
     with tempfile.NamedTemporaryFile(prefix="log-") as log:
         process = subprocess.Popen(
-            [sample / f"{NAME}.sh", *arguments],
+            [sample / script, *arguments],
             cwd="/",
             env=environment,
             user=user,
@@ -195,8 +200,8 @@ def running(sample, *arguments, user=None, host="127.0.0.1", **environment):
         )
         sample_run = Running(process, Path(log.name), port, host)
         try:
-            wait_until(lambda: "ready;" in sample_run.output or process.poll() is not None, 300)
-            assert process.poll() is None, sample_run.output
+            if wait:
+                sample_run.wait_until_ready()
             yield sample_run
         finally:
             if process.poll() is None:

@@ -218,6 +218,14 @@ def test_ends_within_two_seconds_with_0_and_leaves_nothing_running(way, sample, 
 
 
 @on_linux
+def test_leaves_nothing_running_when_it_is_killed(sample):
+    with running(sample, "--host") as started:
+        started.invoke()
+        started.process.kill()
+        wait_until(lambda: not processes_of(sample))
+
+
+@on_linux
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_writes_nothing_outside_its_ignored_folder(folder, tmp_path, commands, signum):
     (commands / "rustc").unlink(missing_ok=True)  # pip asks for its version, and rustup then writes its settings

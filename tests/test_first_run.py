@@ -1,0 +1,101 @@
+"""What can go wrong in the first run on the host, which installs the dependencies, and that the next run recovers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import HELLO, NAME, copy_sample, free_port, run, running, wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the host has to be Linux")
+
+
+@pytest.fixture
+def fresh(folder, request):
+    """A copy of the sample that was never run."""
+    return copy_sample(folder / request.node.name)
+
+
+def start(fresh, *prefix, **environment):
+    return subprocess.Popen(
+        [*prefix, fresh / f"{NAME}.sh", "--host"],
+        env=os.environ | {"PORT": str(free_port())} | environment,
+        cwd=fresh,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def works(fresh):
+    with running(fresh, "--host") as started:
+        return json.loads(started.invoke()) == HELLO
+
+
+def half_made(fresh):
+    """What an installation has left in .host apart from whole sets of dependencies."""
+    return [path for path in fresh.glob(".host/*") if not (path / "aws-lambda-rie").exists()]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
+def test_an_interrupted_installation_does_not_disturb_the_next_run(fresh, signum, seconds):
+    process = start(fresh)
+    wait_until(lambda: list(fresh.glob(".host/run.*")))
+    time.sleep(seconds)
+    os.killpg(process.pid, signum)
+    assert "ready" not in process.communicate(timeout=10)[0]
+    assert works(fresh)
+    if signum != signal.SIGKILL:  # after which nobody could clean up
+        assert not half_made(fresh)
+
+
+def test_two_first_runs_at_once_both_work(fresh):
+    with running(fresh, "--host", wait=False) as one, running(fresh, "--host") as other:
+        one.wait_until_ready()
+        assert "installing" in one.output
+        assert "installing" in other.output
+        assert json.loads(one.invoke()) == json.loads(other.invoke()) == HELLO
+    assert works(fresh)
+    assert len(list(fresh.glob(".host/*"))) == 1
+
+
+def test_no_network_is_a_clear_line_and_the_next_run_works(fresh):
+    nowhere = "http://127.0.0.1:1/simple"
+    process = start(fresh, PIP_INDEX_URL=nowhere, PIP_EXTRA_INDEX_URL=nowhere, PIP_CONFIG_FILE=os.devnull)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "pip cannot reach its package index" in output.splitlines()[-1]
+    assert not half_made(fresh)
+    assert works(fresh)
+
+
+def test_a_full_disk_is_a_clear_line_and_the_next_run_works(fresh):
+    (fresh / ".host").mkdir()
+    full = 'mount -t tmpfs -o size=2m none .host && exec "$@"'
+    for options in [], ["--map-root-user"]:
+        prefix = ["unshare", "--mount", *options, "sh", "-c", full, "sh"]
+        if run(*prefix, "true", cwd=fresh).returncode == 0:
+            break
+    else:
+        pytest.skip("this user cannot mount a small file system on this machine")
+    process = start(fresh, *prefix)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "No space left on device" in output.splitlines()[-1]
+    assert works(fresh)
+
+
+def test_changed_requirements_are_noticed(fresh):
+    assert works(fresh)
+    with running(fresh, "--host") as started:
+        assert "installing" not in started.output
+    with (fresh / NAME / "requirements.txt").open("a") as file:
+        file.write("# changed\n")
+    with running(fresh, "--host") as started:
+        assert "installing" in started.output
+        assert json.loads(started.invoke()) == HELLO
