@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the sample and runs it here: in Docker, or directly on this Linux host. It runs with macOS's bash 3.2 too.
 set -euo pipefail
+umask 022 # on Lambda Managed Instances another user has to read what is installed here
 
 name=$(basename "$0" .sh)
 HOST=${HOST:-127.0.0.1} PORT=${PORT:-8080}
@@ -72,15 +73,18 @@ while [ $# -gt 0 ]; do
     shift
 done
 managed=''
-[[ " ${environment[*]}" != *" AWS_LAMBDA_MAX_CONCURRENCY="* ]] || managed=yes
-[[ $PORT =~ ^[0-9]{1,5}$ && $PORT -ge 1 && $PORT -le 65535 ]] || fail "PORT takes a number from 1 to 65535, not '$PORT'" 2
+for variable in "${environment[@]}"; do
+    [[ $variable != AWS_LAMBDA_MAX_CONCURRENCY=* ]] || managed=yes
+done
+[[ $HOST =~ ^[0-9]+(\.[0-9]+){3}$ ]] || fail "HOST takes an IPv4 address, not '$HOST'" 2
+[[ $PORT =~ ^[1-9][0-9]{0,4}$ && $PORT -le 65535 ]] || fail "PORT takes a number from 1 to 65535, not '$PORT'" 2
 
 if [ -n "$daemon" ]; then
     [ -f "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: there is no file $daemon"
     [ -x "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: $daemon is not executable; try: chmod +x $daemon"
-    daemon=$(cd "$(dirname "$daemon")" && pwd)/${daemon##*/}
+    daemon=$(CDPATH='' cd "$(dirname "$daemon")" && pwd)/${daemon##*/}
 fi
-cd "$(dirname "$0")"
+CDPATH='' cd "$(dirname "$0")"
 [ -n "${BASE_IMAGE:-}" ] || BASE_IMAGE=$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile)
 
 # Prints why Docker cannot run the sample here, or nothing if it can.
@@ -144,12 +148,16 @@ run_in_docker() {
     for variable in "${environment[@]}"; do
         options+=(--env "$variable")
     done
-    docker build --build-arg "BASE_IMAGE=$BASE_IMAGE" --tag "$name" . || fail "the image cannot be built"
+    docker build --build-arg "BASE_IMAGE=$BASE_IMAGE" --tag "$name" . &
+    job=$!
+    wait "$job" || fail "the image cannot be built"
     # As on Lambda: any user, no capabilities, a read-only file system but for /tmp.
     container=$(docker create --rm --publish "$HOST:$PORT:8080" "${options[@]}" --cap-drop ALL \
         --security-opt no-new-privileges --read-only --tmpfs /tmp "$name")
+    set -m # in a process group of its own it outlives Ctrl-C, and shows how the container ends
     docker start --attach "$container" &
     job=$!
+    set +m
 }
 
 # Installs into folder $1 what the image has: the dependencies and the emulator.
@@ -163,7 +171,10 @@ install_dependencies() {
         ! pip --target "$1/opt/$name" -r "$name/requirements.txt" ||
         ! pip --target "$1/sam" --no-deps --no-compile -r requirements-rie.txt ||
         ! errors=$(install "$1/sam/samcli/local/rapid/aws-lambda-rie-$cpu" "$1/aws-lambda-rie" 2>&1); then
-        [[ $errors != *"connection broken"* ]] || errors="pip cannot reach its package index; is there a network?"
+        case $errors in
+        *"connection broken"*) errors="pip cannot reach its package index; is there a network?" ;;
+        *"No space left on device"*) errors="No space left on device" ;;
+        esac
         fail "the dependencies cannot be installed: ${errors##*$'\n'}"
     fi
     rm -rf "$1/sam"
@@ -180,9 +191,10 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
     # Every set of dependencies has a folder, which gets its name only when it is complete.
     installed=.host/$version-$(uname -m)-$(cat "$name.sh" requirements*.txt "$name/requirements.txt" | cksum | tr ' ' -)
-    if ! mkdir -p .host || ! folder=$PWD/$(mktemp -d .host/run.XXXXXX); then
+    if ! mkdir -p .host || ! path=$(mktemp -d "$PWD/.host/run.XXXXXX"); then
         fail "cannot write to $PWD/.host"
     fi
+    folder=$path
     if [ ! -d "$installed" ]; then
         install_dependencies "$folder/new"
         mv -T "$folder/new" "$installed" 2>/dev/null || [ -d "$installed" ] || fail "cannot write to $PWD/.host"
@@ -229,28 +241,32 @@ with socket.create_server(("127.0.0.1", 0)) as server:
         emulator=("$daemon")
     fi
     handler=$(sed -n 's/^CMD \["\(.*\)"\]$/\1/p' Dockerfile)
+    # Nothing of this shell's environment. (env comes first: what it is told is on its command line for a moment only.)
     # shellcheck disable=SC2016
-    "${isolate[@]}" sh -c 'read -r pid _ </proc/self/stat && echo "$pid" >"$0/pid" # as seen from outside
-        '"$mounts"'
-        cd "$0/var/task" && exec env -i "$@"' "$folder" \
-        PATH="${python%/*}:/usr/local/bin:/usr/bin:/bin" LAMBDA_TASK_ROOT="$folder/var/task" "${environment[@]}" \
-        "${emulator[@]}" "$folder/var/runtime/bootstrap" "$handler" &
+    env -i PATH="${python%/*}:/usr/local/bin:/usr/bin:/bin" LAMBDA_TASK_ROOT="$folder/var/task" "${environment[@]}" \
+        "${isolate[@]}" sh -c 'read -r pid _ </proc/self/stat && echo "$pid" >"$0/pid" # as seen from outside
+            '"$mounts"'
+            cd "$0/var/task" && exec "$@"' "$folder" "${emulator[@]}" "$folder/var/runtime/bootstrap" "$handler" &
     job=$!
 }
 
 # --- Run it until it ends, or until Ctrl-C ------------------------------------------------------------------------------
 
-# Ends what was started, with a second for its own shutdown, and leaves nothing behind.
+# Ends what was started, with the 2 seconds for it that Lambda allows, and leaves nothing behind.
 finish() {
-    local status=$? pid='' deadline=$((SECONDS + 2)) stat session
+    local status=$? pid='' stat session
     trap '' INT TERM HUP
     set +e
     if [ -n "$container" ]; then
-        docker stop --time 1 "$container" >/dev/null 2>&1 || true
-        docker rm --force "$container" >/dev/null 2>&1 || true
+        docker stop --time 2 "$container"
+        docker rm --force "$container"
     elif [ -n "$job" ]; then
-        read -r pid <"$folder/pid" && kill -TERM "$pid"
-        while kill -0 "$job" && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.05; done
+        read -r pid <"$folder/pid" || pid=$job
+        kill -TERM "$pid"
+        for _ in {1..40}; do
+            kill -0 "$job" || break
+            sleep 0.05
+        done
         kill -KILL "$pid" "$job"
         # Without a PID namespace the extension and the runtime outlive the emulator.
         if [ ${#links[@]} -gt 0 ]; then
@@ -259,7 +275,7 @@ finish() {
             done
             rm -f "${links[@]}"
         fi
-    fi 2>/dev/null
+    fi >/dev/null 2>&1
     [ -z "$job" ] || wait "$job" 2>/dev/null || true
     [ -z "$folder" ] || rm -rf "$folder"
     exit "$status"

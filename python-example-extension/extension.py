@@ -26,7 +26,7 @@ def process(event):
 def log(message):
     """Writes one line (str) to standard output, which Lambda sends to CloudWatch Logs."""
     try:
-        os.write(sys.stdout.fileno(), f"[{NAME}] {message}\n".encode())
+        os.write(sys.stdout.fileno(), f"[{NAME}] {message}\n".encode(errors="backslashreplace"))
     except (OSError, AttributeError):
         pass  # nobody reads the log (any more), which is no reason to stop
 

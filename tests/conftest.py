@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 VENV = Path(sys.executable).parent
-NAME = "python-example-extension"
+NAME = next(ROOT.glob("*/extension.py")).parent.name
 HELLO = {"statusCode": 200, "body": '"Hello from Lambda!"'}
 DEFAULT_BASE_IMAGE = re.search(r"^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)
 # On CI more than one, such as "debian:bookworm debian:trixie".

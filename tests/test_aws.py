@@ -69,7 +69,7 @@ def sam(folder, engine):
 
 
 def test_sam_builds_the_stage_without_the_emulator(sam):
-    ran = run("docker", "run", "--rm", "--entrypoint", "ls", f"function:{NAME}", "/usr/local/bin")
+    ran = run("docker", "run", "--rm", "--entrypoint", "ls", "function:latest", "/usr/local/bin")
     assert ran.returncode == 0
     assert "aws-lambda-rie" not in ran.stdout
 

@@ -83,6 +83,9 @@ def test_help_shows_the_usage(sample, option):
         (["-e", "A-B=2"], {}),
         ([], {"PORT": "http"}),
         ([], {"PORT": "0"}),
+        ([], {"PORT": "08080"}),
+        ([], {"HOST": "localhost"}),
+        ([], {"HOST": "::1"}),
         ([], {"PORT": "65536"}),
     ],
 )
@@ -215,6 +218,37 @@ def test_ends_within_two_seconds_with_0_and_leaves_nothing_running(way, sample, 
         assert not wait_until(lambda: [processes_of(sample)])[0]
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", started.port))
+
+
+@on_linux
+def test_values_of_variables_are_on_no_command_line(sample):
+    with running(sample, "--host", "-e", "PASSWORD=hunter2") as started:
+        started.invoke()
+        assert not [command for command in processes_of(sample) if "hunter2" in command]
+
+
+@on_linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="root cannot be kept from writing by modes, nor others by root's files")
+@pytest.mark.parametrize("whose", ["another user's", "a full disk"])
+def test_a_folder_that_cannot_be_written_to_is_a_clear_line_and_nothing_is_lost(folder, whose):
+    fresh = copy_sample(folder / f"unwritable {len(whose)}")
+    for path in [fresh, *fresh.rglob("*")]:
+        os.chown(path, 12345, 12345)
+    (fresh / ".host").mkdir()
+    before = tree(fresh)
+    prefix = []
+    if whose == "a full disk":
+        full = (
+            'mount -t tmpfs -o size=4k none .host && head -c 4k /dev/zero >.host/full; exec setpriv --reuid 12345 "$@"'
+        )
+        prefix = ["unshare", "--mount", "sh", "-c", full, "sh"]
+    else:
+        prefix = ["setpriv", "--reuid", "12345", "--clear-groups"]
+    environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin", "PORT": str(free_port())}
+    ran = run(*prefix, fresh / f"{NAME}.sh", "--host", cwd=fresh, env=environment)
+    assert ran.returncode == 1
+    assert "cannot write to" in one_line(ran)
+    assert tree(fresh) == before
 
 
 @on_linux

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NAME = "python-example-extension"
+NAME = next(ROOT.glob("*/extension.py")).parent.name
 HERE = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tests"))
 from extensions_api_server import SHUTDOWN, ExtensionsApiServer, invoke  # noqa: E402
