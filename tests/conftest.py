@@ -1,6 +1,7 @@
 """What the tests stand on: copies of the sample, ways to run it, and the tools that a machine may lack."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import boto3
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,8 @@ HELLO = {"statusCode": 200, "body": '"Hello from Lambda!"'}
 DEFAULT_BASE_IMAGE = re.search(r"^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)
 # On CI more than one, such as "debian:bookworm debian:trixie".
 BASE_IMAGES = os.environ.get("BASE_IMAGES", os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)).split()
+# What the AWS CLI and the SDKs want even for localhost.
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
 # The tests of the Daemon use it; to all others it must not be there.
 DAEMON = os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", None)
 
@@ -104,6 +108,12 @@ def engine():
     """Makes sure that a Docker engine answers."""
     if run(tool("docker"), "version").returncode != 0:
         missing("no Docker engine on this machine")
+    yield
+    images = run(
+        "docker", "images", "--filter", f"reference={NAME}-test", "--format", "{{.Repository}}:{{.Tag}}"
+    ).stdout
+    if images:
+        run("docker", "image", "rm", "--force", *images.split())
 
 
 @pytest.fixture(scope="session", params=BASE_IMAGES)
@@ -151,6 +161,19 @@ class Running:
                 return answer.read()
         except urllib.error.HTTPError as error:
             return error.read()
+
+    def boto3_answer(self, function="function"):
+        """Invokes the function with the AWS SDK and returns its answer, from JSON."""
+        client = boto3.client(
+            "lambda",
+            endpoint_url=self.endpoint,
+            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
+            aws_access_key_id="any",
+            aws_secret_access_key="any",
+        )
+        answer = client.invoke(FunctionName=function, Payload=json.dumps({"key": "value"}))
+        assert answer["StatusCode"] == 200
+        return json.load(answer["Payload"])
 
     def wait_until_ready(self):
         """Waits for the ready line, which a first run takes a while to print."""

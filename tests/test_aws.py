@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import (
+    CREDENTIALS,
     DEFAULT_BASE_IMAGE,
     HELLO,
     NAME,
@@ -32,7 +33,6 @@ from conftest import (
 )
 from test_readme import README, section
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
 ACCOUNT = "123456789012"
 
 
@@ -64,12 +64,12 @@ def sam(folder, engine):
     finally:
         if stand_in:
             run("docker", "rmi", DEFAULT_BASE_IMAGE)
-        images = run("docker", "images", "--quiet", "--filter", "reference=function").stdout.split()
+        images = run("docker", "images", "--quiet", "--filter", "reference=hellofunction").stdout.split()
         run("docker", "rmi", "--force", *images)
 
 
 def test_sam_builds_the_stage_without_the_emulator(sam):
-    ran = run("docker", "run", "--rm", "--entrypoint", "ls", "function:latest", "/usr/local/bin")
+    ran = run("docker", "run", "--rm", "--entrypoint", "ls", "hellofunction:latest", "/usr/local/bin")
     assert ran.returncode == 0
     assert "aws-lambda-rie" not in ran.stdout
 
@@ -96,7 +96,7 @@ def test_sam_local_start_lambda_serves_the_aws_cli(sam, tmp_path):
                     return True
 
             wait_until(listens, 60)
-            command = [sys.executable, "-m", "awscli", "lambda", "invoke", "--function-name", "Function"]
+            command = [sys.executable, "-m", "awscli", "lambda", "invoke", "--function-name", "HelloFunction"]
             endpoint = ["--endpoint-url", f"http://127.0.0.1:{port}"]
             invoked = run(*command, *endpoint, tmp_path / "answer.json", env=os.environ | CREDENTIALS)
             assert invoked.returncode == 0, invoked.stderr

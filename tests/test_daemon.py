@@ -16,10 +16,10 @@ import threading
 import time
 import uuid
 
-import boto3
 import pika
 import pytest
 from conftest import (
+    CREDENTIALS,
     DAEMON,
     HELLO,
     NAME,
@@ -339,21 +339,13 @@ def test_the_daemon_starts_a_function_whose_process_dies_anew(invoke):
 
 
 def test_the_aws_cli_and_boto3_reach_the_daemon_by_the_real_name(daemon_run, tmp_path):
-    credentials = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
     command = [sys.executable, "-m", "awscli", "lambda", "invoke", "--endpoint-url", daemon_run.endpoint]
     answer = tmp_path / "answer.json"
     options = ["--function-name", NAME, "--payload", '{"key": "value"}', answer]
-    invoked = run(*command, *options, env=os.environ | credentials)
+    invoked = run(*command, *options, env=os.environ | CREDENTIALS)
     assert invoked.returncode == 0, invoked.stderr
     assert json.loads(answer.read_text()) == {"key": "value"}
-    client = boto3.client(
-        "lambda",
-        endpoint_url=daemon_run.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="any",
-        aws_secret_access_key="any",
-    )
-    assert json.load(client.invoke(FunctionName=NAME, Payload=b'{"key": "value"}')["Payload"]) == {"key": "value"}
+    assert daemon_run.boto3_answer(NAME) == {"key": "value"}
 
 
 def test_the_daemon_listens_on_loopback_only(daemon_run):

@@ -222,7 +222,7 @@ def test_ends_within_two_seconds_with_0_and_leaves_nothing_running(way, sample, 
 
 @on_linux
 def test_values_of_variables_are_on_no_command_line(sample):
-    with running(sample, "--host", "-e", "PASSWORD=hunter2") as started:
+    with running(sample, "--host", "-e", "PASSWORD", PASSWORD="hunter2") as started:
         started.invoke()
         assert not [command for command in processes_of(sample) if "hunter2" in command]
 
@@ -238,9 +238,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_clear_line_and_nothing_is_lost(
     before = tree(fresh)
     prefix = []
     if whose == "a full disk":
-        full = (
-            'mount -t tmpfs -o size=4k none .host && head -c 4k /dev/zero >.host/full; exec setpriv --reuid 12345 "$@"'
-        )
+        full = 'mount -t tmpfs -o nr_inodes=1,uid=12345 none .host && exec setpriv --reuid 12345 "$@"'
         prefix = ["unshare", "--mount", "sh", "-c", full, "sh"]
     else:
         prefix = ["setpriv", "--reuid", "12345", "--clear-groups"]

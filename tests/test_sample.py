@@ -8,12 +8,21 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import boto3
 import pytest
-from botocore.config import Config
-from conftest import HELLO, NAME, ROOT, copy_sample, first_base_image, missing, run, running, tool, wait_until
+from conftest import (
+    CREDENTIALS,
+    HELLO,
+    NAME,
+    ROOT,
+    copy_sample,
+    first_base_image,
+    missing,
+    run,
+    running,
+    tool,
+    wait_until,
+)
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
 ERROR_TIMEOUT = 3
 
 
@@ -57,17 +66,7 @@ def test_the_aws_cli_gets_hello_from_lambda(sample_run, tmp_path, version):
 
 
 def test_boto3_gets_hello_from_lambda(sample_run):
-    client = boto3.client(
-        "lambda",
-        endpoint_url=sample_run.endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="any",
-        aws_secret_access_key="any",
-        config=Config(retries={"max_attempts": 0}),
-    )
-    answer = client.invoke(FunctionName="function", Payload=json.dumps({"key": "value"}))
-    assert answer["StatusCode"] == 200
-    assert json.load(answer["Payload"]) == HELLO
+    assert sample_run.boto3_answer() == HELLO
 
 
 def test_the_extension_logs_the_request_id_of_each_invocation(sample_run):
