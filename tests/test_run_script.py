@@ -250,11 +250,12 @@ def test_a_folder_that_cannot_be_written_to_is_a_clear_line_and_nothing_is_lost(
 
 
 @on_linux
-def test_leaves_nothing_running_when_it_is_killed(sample):
-    with running(sample, "--host") as started:
+def test_leaves_nothing_running_when_it_is_killed(folder, installed_sample):
+    killed = shutil.copytree(installed_sample, folder / "killed", symlinks=True)
+    with running(killed, "--host") as started:
         started.invoke()
         started.process.kill()
-        wait_until(lambda: not processes_of(sample))
+        wait_until(lambda: not processes_of(killed))
 
 
 @on_linux
