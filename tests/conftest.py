@@ -72,6 +72,13 @@ def copy_sample(folder):
     return Path(shutil.copytree(ROOT, folder, ignore=ignore))
 
 
+def copy_misbehaving_sample(folder):
+    """Copies the sample with a function that does to its environment what the event says."""
+    copy = copy_sample(folder)
+    shutil.copy(ROOT / "tests" / "misbehaving_function.py", copy / "lambda_function.py")
+    return copy
+
+
 @pytest.fixture(scope="session")
 def folder():
     """A temporary folder that any user can read; with a space in its name, as users' folders have."""
@@ -120,14 +127,22 @@ def engine():
         run("docker", "image", "rm", "--force", *images.split())
 
 
+def first_base_image():
+    """The base image that the run script is tested with."""
+    return available(BASE_IMAGES[0])
+
+
+def available(image):
+    """The image's name, once it is sure that the image is here or could be pulled."""
+    if run("docker", "image", "inspect", image).returncode != 0 and run("docker", "pull", image).returncode != 0:
+        missing(f"no base image {image}")
+    return image
+
+
 @pytest.fixture(scope="session", params=BASE_IMAGES)
 def base_image(request, engine):
     """The name of a base image that is here or could be pulled."""
-    if run("docker", "image", "inspect", request.param).returncode != 0:
-        pulled = run("docker", "pull", request.param)
-        if pulled.returncode != 0:
-            missing(f"no base image {request.param}")
-    return request.param
+    return available(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -245,14 +260,6 @@ def way(request):
     if sys.platform != "linux":
         pytest.skip("the host has to be Linux")
     return "--host", {}
-
-
-def first_base_image():
-    """The base image that the run script is tested with."""
-    image = BASE_IMAGES[0]
-    if run("docker", "image", "inspect", image).returncode != 0 and run("docker", "pull", image).returncode != 0:
-        missing(f"no base image {image}")
-    return image
 
 
 @pytest.fixture(scope="session")

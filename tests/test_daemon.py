@@ -24,7 +24,7 @@ from conftest import (
     HELLO,
     NAME,
     ROOT,
-    copy_sample,
+    copy_misbehaving_sample,
     free_port,
     missing,
     run,
@@ -273,9 +273,7 @@ def broker(daemon, rabbitmq):
 
 @pytest.fixture(scope="module")
 def misbehaving_copy(folder):
-    copy = copy_sample(folder / "misbehaving with the daemon")
-    shutil.copy(ROOT / "tests" / "misbehaving_function.py", copy / "lambda_function.py")
-    return copy
+    return copy_misbehaving_sample(folder / "misbehaving with the daemon")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HELLO, NAME, ROOT, copy_sample, first_base_image, free_port, run, running, wait_until
+from conftest import HELLO, NAME, ROOT, build, copy_sample, first_base_image, free_port, run, running, wait_until
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the host has to be Linux")
 
@@ -215,7 +215,7 @@ def test_ends_within_two_seconds_with_0_and_leaves_nothing_running(way, sample, 
         assert seconds < 2
         if option == "--docker":
             assert run("docker", "ps", "-aq", "--filter", f"publish={started.port}").stdout == ""
-        assert not wait_until(lambda: [processes_of(sample)])[0]
+        assert not processes_of(sample)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", started.port))
 
@@ -316,11 +316,8 @@ def test_works_as_an_ordinary_user(folder):
 @pytest.fixture(scope="module")
 def plain_container(folder, engine):
     """Runs a bash script in a container, which refuses namespaces, with Python, pip and a copy of the sample."""
-    image = f"{NAME}-test:plain"
     sample = copy_sample(folder / "plain")
-    command = ["docker", "build", "--target", "dependencies", "--tag", image]
-    built = run(*command, "--build-arg", f"BASE_IMAGE={first_base_image()}", sample)
-    assert built.returncode == 0, built.stderr
+    image = build(sample, f"{NAME}-test:plain", first_base_image(), "--target", "dependencies")
 
     def start(commands, *options):
         begin = "cp -r /mounted /tmp/sample && cd /tmp/sample\n"

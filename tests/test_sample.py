@@ -13,8 +13,7 @@ from conftest import (
     CREDENTIALS,
     HELLO,
     NAME,
-    ROOT,
-    copy_sample,
+    copy_misbehaving_sample,
     first_base_image,
     missing,
     run,
@@ -27,13 +26,17 @@ ERROR_TIMEOUT = 3
 
 
 @pytest.fixture(scope="module")
-def misbehaving_run(way, folder):
-    """The sample with a function that does what the event says, and a short function timeout."""
+def misbehaving_sample(way, folder):
+    """A copy of the sample with a function that does what the event says."""
+    return copy_misbehaving_sample(folder / f"misbehaving{way[0]}")
+
+
+@pytest.fixture(scope="module")
+def misbehaving_run(way, misbehaving_sample):
+    """That copy, running, with a short function timeout."""
     option, environment = way
-    copy = copy_sample(folder / f"misbehaving{option}")
-    shutil.copy(ROOT / "tests" / "misbehaving_function.py", copy / "lambda_function.py")
     environment = environment | {"AWS_LAMBDA_FUNCTION_TIMEOUT": str(ERROR_TIMEOUT)}
-    with running(copy, option, "-e", "GREETING=good morning", "-e", "NOT_SET", **environment) as started:
+    with running(misbehaving_sample, option, "-e", "GREETING=good morning", "-e", "NOT_SET", **environment) as started:
         yield started
 
 
@@ -109,6 +112,7 @@ def test_a_body_that_is_not_json_is_answered_with_an_error(misbehaving_run):
 
 
 def test_a_handler_that_runs_into_its_timeout_is_ended_and_the_extension_starts_anew(misbehaving_run):
+    assert works(misbehaving_run)
     registered = misbehaving_run.output.count("Registered with ID")
     answer = misbehaving_run.invoke(b'{"sleep": 60}')
     assert answer.decode() == f"Task timed out after {ERROR_TIMEOUT}.00 seconds"
@@ -119,6 +123,7 @@ def test_a_handler_that_runs_into_its_timeout_is_ended_and_the_extension_starts_
 
 
 def test_a_function_whose_process_dies_is_answered_with_an_error_and_the_extension_starts_anew(misbehaving_run):
+    assert works(misbehaving_run)
     registered = misbehaving_run.output.count("Registered with ID")
     error = json.loads(misbehaving_run.invoke(b'{"exit": 3}'))
     assert error["errorType"] == "Runtime.ExitError"
@@ -135,12 +140,11 @@ def test_the_function_gets_the_variables_named_with_e_and_nothing_else_of_the_sh
     assert not {"NOT_SET", "HOST", "PORT", "BASE_IMAGE", "PYTEST_CURRENT_TEST"} & environ.keys()
 
 
-def test_four_invocations_run_at_the_same_time_on_managed_instances(way, folder):
+def test_four_invocations_run_at_the_same_time_on_managed_instances(way, misbehaving_sample):
     option, environment = way
     if option == "--host" and os.geteuid() != 0:
         pytest.skip("on the host the emulator's mode for Lambda Managed Instances needs root")
-    copy = folder / f"misbehaving{option}"
-    with running(copy, option, AWS_LAMBDA_MAX_CONCURRENCY="4", **environment) as started:
+    with running(misbehaving_sample, option, AWS_LAMBDA_MAX_CONCURRENCY="4", **environment) as started:
         sleep, json_type = b'{"sleep": 2}', {"Content-Type": "application/json"}
         wait_until(lambda: "Registered with ID" in started.output)
         wait_until(lambda: json.loads(started.invoke(b"{}", **json_type) or b"null") == {})
