@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A Lambda external extension. process() is your code; main() is the lifecycle around it."""
 
 import json
@@ -10,38 +9,38 @@ from extensions_api import INVOKE, SHUTDOWN, ExtensionsApi, ExtensionsApiError
 
 # Lambda knows an extension by the name of its file in /opt/extensions; this folder has the same name.
 NAME = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
-SHUTDOWN_SECONDS = 2  # what Lambda allows an extension to shut down in
+SHUTDOWN_SECONDS = 1.5  # Lambda allows 2 and reserves up to 0.3 of them for the runtime
 
 
 def process(event):
-    """Your code goes here. It gets each event, a dict, as soon as Lambda sends it.
+    """Your code goes here. Lambda sends an INVOKE event with every invocation, and SHUTDOWN as the last one.
 
-    An INVOKE event comes with every invocation of the function and names it by its requestId. A SHUTDOWN event is the
-    last one, with a shutdownReason: the place to send what is still buffered. The keys are those of "Next" in
-    https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html
+    event is a dict with the keys of "Next" in https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html;
+    it carries no payload. The environment takes no further invocation until process() returns, and that time counts
+    towards the function's Timeout and the bill. Threads must be daemons: Python waits for any other before it exits.
     """
     log(f"Received event: {json.dumps(event)}")
 
 
-def log(message):
-    """Writes one line (str) to standard output, which Lambda sends to CloudWatch Logs."""
+def log(message, stream=sys.stdout):
+    """Writes one line (str) to standard output or error, which Lambda sends to CloudWatch Logs."""
     try:
-        os.write(sys.stdout.fileno(), f"[{NAME}] {message}\n".encode(errors="backslashreplace"))
+        os.write(stream.fileno(), f"[{NAME}] {message}\n".encode(errors="backslashreplace"))
     except (OSError, AttributeError):
-        pass  # nobody reads the log (any more), which is no reason to stop
+        pass  # a lost log line must not stop the extension
 
 
 def main():
-    """Registers, then processes events until SHUTDOWN. Exit status 0, or 1 after an error, which Lambda is told of."""
+    """Registers, then processes events until SHUTDOWN. Exits with 0, or with 1 after showing and reporting an error."""
     api = ExtensionsApi(NAME)
-    stopping = False
+    status, busy, stopping = 0, False, False
 
     def stop(signum, frame):
         nonlocal stopping
-        if api.waiting or stopping:
-            sys.exit(0)
-        stopping = True  # process() may finish, but not for longer than a shutdown may take
-        signal.alarm(SHUTDOWN_SECONDS)
+        if stopping or not busy:
+            os._exit(status)  # SystemExit would be lost in a finalizer
+        stopping = True
+        signal.setitimer(signal.ITIMER_REAL, SHUTDOWN_SECONDS)
 
     for signum in signal.SIGTERM, signal.SIGINT, signal.SIGALRM:
         signal.signal(signum, stop)
@@ -49,20 +48,23 @@ def main():
     try:
         api.register()
         log(f"Registered with ID: {api.identifier}")
-        while not stopping:
-            event = api.next_event()
+        for event in api.events():
+            busy = True
             if event["eventType"] in (INVOKE, SHUTDOWN):
                 process(event)
             else:
-                log(f"Passed over an unknown event: {json.dumps(event)}")
-            if event["eventType"] == SHUTDOWN:
-                return
-    except ExtensionsApiError as error:
+                log(f"Ignored an unknown event: {json.dumps(event)}")
+            busy = False
+            if stopping:
+                break
+    except Exception as error:
+        busy, status = True, 1
+        if isinstance(error, ExtensionsApiError):
+            log(error, sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())  # a bug in process(), with its traceback
         api.report(error)
-        sys.exit(f"[{NAME}] {error}")
-    except Exception as error:  # a bug in process()
-        api.report(error)
-        raise
+        raise SystemExit(status) from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How an external extension speaks with Lambda: the Extensions API.
+"""A client for the Lambda Extensions API.
 
 https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html
 """
@@ -12,78 +12,77 @@ API_PATH = "/2020-01-01/extension"
 NAME_HEADER = "Lambda-Extension-Name"
 IDENTIFIER_HEADER = "Lambda-Extension-Identifier"
 ERROR_TYPE_HEADER = "Lambda-Extension-Function-Error-Type"
+JSON = {"Content-Type": "application/json"}
 INVOKE, SHUTDOWN = "INVOKE", "SHUTDOWN"  # event types
 POST_SECONDS = 5  # Lambda answers every POST at once
 
 
 class ExtensionsApiError(Exception):
-    """The API is not there, refuses, or answers what it should not. The text is one line: what was asked, and why.
+    """The API is unreachable, refuses, or sends an invalid response. The text is one line: the request, and why.
 
-    error_type (str or None) is the errorType that the API answered, such as "Extension.InvalidEventType".
+    error_type (str or None) is the errorType in the API's response, such as "Extension.InvalidEventType".
     """
 
     def __init__(self, message, error_type=None):
-        super().__init__(" ".join(message.split()))
+        printable = (c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+        super().__init__("".join(printable))
         self.error_type = error_type
 
 
 class ExtensionsApi:
-    """The conversation of one extension with Lambda. What fails in it raises ExtensionsApiError."""
+    """One extension's connection to Lambda. Every failure raises ExtensionsApiError."""
 
     def __init__(self, name):
         self.name = name  # str: the file's name in /opt/extensions
         self.identifier = None  # str, once registered
-        self.waiting = True  # False from the moment an event is here until the next one is asked for
         self._address = os.environ.get("AWS_LAMBDA_RUNTIME_API")  # host:port
-        self._phase = "init"  # "exit" from the first request for an event on
+        self._phase = "init"  # "exit" once events are asked for
 
     def register(self):
         """Registers for INVOKE and SHUTDOWN ("Register" in the API's documentation) and sets the identifier.
 
-        Lambda Managed Instances run several invocations at a time and offer extensions SHUTDOWN alone.
+        Lambda Managed Instances run invocations concurrently and offer extensions SHUTDOWN alone.
         """
         if not self._address:
-            raise ExtensionsApiError("AWS_LAMBDA_RUNTIME_API is not set: Lambda, or its emulator, has to start this")
+            raise ExtensionsApiError("AWS_LAMBDA_RUNTIME_API is not set: Lambda, or its emulator, must start this")
         managed = os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "lambda-managed-instances"
         try:
             headers = self._register([SHUTDOWN] if managed else [INVOKE, SHUTDOWN])
         except ExtensionsApiError as error:
-            if error.error_type != "Extension.InvalidEventType":
+            if managed or error.error_type != "Extension.InvalidEventType":
                 raise
             headers = self._register([SHUTDOWN])
         self.identifier = headers.get(IDENTIFIER_HEADER)
         if not self.identifier:
-            raise ExtensionsApiError(f"POST {self._url('register')}: no {IDENTIFIER_HEADER} in the answer")
+            raise ExtensionsApiError(f"POST {self._url('register')}: no {IDENTIFIER_HEADER} in the response")
 
-        # Lambda starts the runtime when every extension has registered. What takes long comes after that: this import.
-        import requests
+    def events(self):
+        """Yields each event ("Next"), a dict with an eventType (str), until SHUTDOWN. Call it after register()."""
+        import requests  # slow, so it runs after registration, while Lambda starts the runtime
 
-        self._session = requests.Session()
-        self._session.trust_env = False  # HTTP_PROXY, NO_PROXY and ~/.netrc are for the world outside
-        request = requests.Request("GET", self._url("event/next"), headers={IDENTIFIER_HEADER: self.identifier})
-        self._next = self._session.prepare_request(request)
-
-    def next_event(self):
-        """Waits for the next event, however long it takes, and returns it ("Next"): a dict with an eventType (str)."""
-        self.waiting = True
-        self._phase = "exit"
-        asked = f"GET {self._next.url}"
-        try:
-            response = self._session.send(self._next, allow_redirects=False)
-        except OSError as error:  # as all exceptions of requests are
-            raise ExtensionsApiError(f"{asked}: {error}") from error
-        check(asked, response.status_code, response.content)
-        try:
-            event = json.loads(response.content)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or not isinstance(event.get("eventType"), str):
-            raise ExtensionsApiError(f"{asked}: not an event: {response.content[:200]!r}")
-        self.waiting = False
-        return event
+        session = requests.Session()
+        session.trust_env = False  # HTTP_PROXY, NO_PROXY and ~/.netrc are meant for external hosts
+        headers = {IDENTIFIER_HEADER: self.identifier}
+        request = session.prepare_request(requests.Request("GET", self._url("event/next"), headers))
+        asked, self._phase = f"GET {request.url}", "exit"
+        while True:
+            try:
+                response = session.send(request, allow_redirects=False, timeout=None)
+            except OSError as error:  # the base of every requests exception
+                raise ExtensionsApiError(f"{asked}: {error}") from error
+            check(asked, response.status_code, response.content)
+            try:
+                event = json.loads(response.content)
+            except ValueError:
+                event = None
+            if not isinstance(event, dict) or not isinstance(event.get("eventType"), str):
+                raise ExtensionsApiError(f"{asked}: not an event: {response.content[:200]!r}")
+            yield event
+            if event["eventType"] == SHUTDOWN:
+                return
 
     def report(self, error):
-        """Tells Lambda which exception ends this extension ("Init error" or "Exit error"), if Lambda will listen."""
+        """Reports the exception that ends this extension ("Init error" or "Exit error"), if Lambda takes the report."""
         if not self.identifier:
             return
         import traceback
@@ -103,10 +102,9 @@ class ExtensionsApi:
 
     def _post(self, path, headers, body):
         asked = f"POST {self._url(path)}"
-        headers = {"Content-Type": "application/json", **headers}
         try:
             with contextlib.closing(http.client.HTTPConnection(self._address, timeout=POST_SECONDS)) as connection:
-                connection.request("POST", f"{API_PATH}/{path}", json.dumps(body), headers)
+                connection.request("POST", f"{API_PATH}/{path}", json.dumps(body), JSON | headers)
                 response = connection.getresponse()
                 content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -119,7 +117,7 @@ class ExtensionsApi:
 
 
 def check(asked, status, content):
-    """Raises ExtensionsApiError unless status (int) means success; content (bytes) is what was answered."""
+    """Raises ExtensionsApiError unless status (int) means success. content (bytes) is the response's body."""
     if 200 <= status < 300:
         return
     try:

@@ -2,10 +2,17 @@
 
 import contextlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from conftest import NAME, ROOT
+
+LAUNCHER = (ROOT / "extensions" / NAME).read_text()
+PYTHON = [sys.executable, *re.search(r"^exec python3 (.*) ", LAUNCHER, re.MULTILINE).group(1).split()]
 
 
 class StartedExtension:
@@ -30,8 +37,9 @@ def started(extension, api, prefix=(), **environment):
     if api:
         environment["AWS_LAMBDA_RUNTIME_API"] = getattr(api, "address", api)
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        command = [*prefix, sys.executable, "-E", "-s", "-S", extension]
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd="/")
+        process = subprocess.Popen(
+            [*prefix, *PYTHON, extension], stdout=stdout, stderr=stderr, env=environment, cwd="/"
+        )
         try:
             yield StartedExtension(process, stdout, stderr)
         finally:
@@ -43,3 +51,13 @@ def end_of(extension, api, prefix=(), **environment):
     """Runs the extension to its end and returns exit status, output and error output."""
     with started(extension, api, prefix, **environment) as it:
         return it.process.wait(30), it.stdout, it.stderr
+
+
+def replace_process(extension, source, folder):
+    """Copies the extension into that folder, with this source in place of its process(event)."""
+    target = Path(shutil.copytree(extension.parent, folder / NAME)) / "extension.py"
+    before, after = re.split(
+        r"^def process\(event\):\n.*?(?=\n\n\n)", target.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    target.write_text(before + source + after)
+    return target

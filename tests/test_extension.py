@@ -61,8 +61,8 @@ prepare = requests.PreparedRequest.prepare
 requests.PreparedRequest.prepare = lambda self, **parts: (built.append(parts), prepare(self, **parts))
 api = ExtensionsApi("name")
 api.register()
-for _ in range(100):
-    api.next_event()
+for _, event in zip(range(100), api.events()):
+    pass
 print(len(built))
 """
     with ExtensionsApiServer([invoke("one")]) as api:

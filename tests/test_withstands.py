@@ -24,9 +24,58 @@ from extensions_api_server import (
     invoke,
     reset,
 )
-from started_extension import end_of, started
+from started_extension import PYTHON, end_of, replace_process, started
 
-HANG = []  # answers nothing, for ever
+HANG = []  # never answers
+# Runs the extension, and from its first event to its third, at every line that Python executes,
+# sends SIGTERM to a fork.
+AT_ANY_MOMENT = """
+import json, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import extension
+
+endings, events = {}, []
+
+def ending(pid):
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return f"exit status {os.waitstatus_to_exitcode(status)}"
+        time.sleep(0.0005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "still there after a second"
+
+def trace(frame, what, argument):
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno} {what}"
+    if place not in endings:
+        pid = os.fork()
+        if pid == 0:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return None
+        endings[place] = ending(pid)
+        if endings[place] != "exit status 0":
+            finish()
+    return trace
+
+def finish():
+    print(json.dumps(endings))
+    os._exit(0)
+
+def process(event):
+    events.append(event)
+    if len(events) == 1:
+        sys.settrace(trace)
+        caller = sys._getframe(1)
+        caller.f_trace = trace
+    elif len(events) == 3:
+        finish()
+
+extension.process = process
+extension.main()
+"""
 
 
 def works(extension, **environment):
@@ -59,15 +108,8 @@ def changed(extension, tmp_path):
     """Makes an extension with another body of process(event)."""
 
     def change(body):
-        target = Path(shutil.copytree(extension.parent, tmp_path / NAME))
-        source = (target / "extension.py").read_text()
-        body = "".join(f"    {line}\n" for line in body.splitlines())
-        source, count = re.subn(
-            r'(def process\(event\):\n    """.*?"""\n).*?\n\n\n', rf"\1{body}\n\n", source, flags=re.DOTALL
-        )
-        assert count == 1
-        (target / "extension.py").write_text(source)
-        return target / "extension.py"
+        source = "def process(event):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+        return replace_process(extension, source, tmp_path)
 
     return change
 
@@ -132,8 +174,7 @@ def test_standard_output_closed_by_its_reader(extension):
     with ExtensionsApiServer([invoke("one"), invoke("two"), SHUTDOWN]) as api:
         reader, writer = os.pipe()
         environment = {"PATH": os.environ["PATH"], "AWS_LAMBDA_RUNTIME_API": api.address}
-        command = [sys.executable, "-E", "-s", "-S", extension]
-        process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+        process = subprocess.Popen([*PYTHON, extension], stdout=writer, stderr=subprocess.PIPE, env=environment)
         os.close(writer)
         os.close(reader)
         assert process.communicate(timeout=20)[1] == b""
@@ -244,7 +285,7 @@ def test_an_event_type_from_the_future(extension):
     with ExtensionsApiServer([answer(body={"eventType": "HIBERNATE"}), invoke("after"), SHUTDOWN]) as api:
         status, stdout, _ = end_of(extension, api)
     assert status == 0
-    assert f'[{NAME}] Passed over an unknown event: {{"eventType": "HIBERNATE"}}\n' in stdout
+    assert f'[{NAME}] Ignored an unknown event: {{"eventType": "HIBERNATE"}}\n' in stdout
     assert '"requestId": "after"' in stdout
 
 
@@ -320,6 +361,23 @@ def test_a_bug_in_process_is_reported_and_shown_once_with_its_traceback(changed)
     assert stderr.endswith("KeyError: 'no such key'\n")
 
 
+def test_control_characters_in_an_explanation(extension):
+    with ExtensionsApiServer([error(403, "Extension.Some\0Reason", "red \x1b[31m, \a, and\nleft \u202e")]) as api:
+        line = fails(extension, api, r"Extension.Some\x00Reason red \x1b[31m, \x07, and left \u202e")
+        assert reports(api)["errorMessage"] in line
+    assert line.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_while_a_report_hangs(extension, signum):
+    with ExtensionsApiServer([error(403, "Extension.SomeReason", "not today")]) as api, started(extension, api) as it:
+        api.answers["error"] = HANG
+        wait_until(lambda: api.asked("exit/error"))
+        it.process.send_signal(signum)
+        assert it.process.wait(3) == (1 if signum != signal.SIGKILL else -signal.SIGKILL)
+        assert it.stderr.count("not today") == it.stderr.count("\n") == 1
+
+
 # --- Lambda Managed Instances ---
 
 
@@ -328,6 +386,13 @@ def test_managed_instances_named_by_the_environment(extension):
         status, *_ = end_of(extension, api, AWS_LAMBDA_INITIALIZATION_TYPE="lambda-managed-instances")
         assert [request.json for request in api.asked("register")] == [{"events": ["SHUTDOWN"]}]
     assert status == 0
+
+
+def test_managed_instances_that_refuse_shutdown(extension):
+    refused = error(403, "Extension.InvalidEventType", "SHUTDOWN is not supported")
+    with ExtensionsApiServer(register=[refused]) as api:
+        fails(extension, api, "SHUTDOWN is", AWS_LAMBDA_INITIALIZATION_TYPE="lambda-managed-instances")
+        assert len(api.asked("register")) == 1
 
 
 def test_an_api_that_refuses_invoke(extension):
@@ -377,8 +442,30 @@ def test_a_signal_drops_the_event_when_process_takes_longer_than_a_shutdown(chan
         it.process.send_signal(signal.SIGTERM)
         start = time.monotonic()
         assert it.process.wait(20) == 0
-        assert 1 < time.monotonic() - start < 20
+        seconds = float(re.search(r"^SHUTDOWN_SECONDS = (\S+)", slow.read_text(), re.MULTILINE).group(1))
+        assert seconds <= 2 - 0.3  # Lambda's limit, less what it reserves for the runtime
+        assert seconds <= time.monotonic() - start < seconds * 2
         assert "finished" not in it.stdout
+
+
+def test_a_signal_at_any_moment(extension):
+    with ExtensionsApiServer([invoke("event")]) as api:
+        environment = {"AWS_LAMBDA_RUNTIME_API": api.address}
+        ran = run(*PYTHON, "-c", AT_ANY_MOMENT, extension.parent, env=environment)
+        assert ran.returncode == 0, ran.stderr
+        endings = json.loads(ran.stdout.splitlines()[-1])
+        asked = len(api.asked("event/next"))
+    assert {place: ending for place, ending in endings.items() if ending != "exit status 0"} == {}
+    assert len(endings) > 100
+    assert asked == 3
+
+
+def test_a_thread_that_is_not_a_daemon_when_a_signal_comes(changed):
+    threads = changed("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\nlog('begun')")
+    with ExtensionsApiServer([invoke("one"), *HANG, lambda _: None]) as api, started(threads, api) as it:
+        wait_until(lambda: len(api.asked("event/next")) == 2)
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(3) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory and descriptors are read from /proc")

@@ -181,7 +181,7 @@ def connections(folder):
     """The TCP connections that an extension opens for a thousand events."""
     with ExtensionsApiServer([*[invoke("event")] * 1000, SHUTDOWN]) as api:
         environment = {"PATH": os.environ["PATH"], "AWS_LAMBDA_RUNTIME_API": api.address}
-        run(folder / "opt" / NAME / "extension.py", env=environment)
+        run(sys.executable, folder / "opt" / NAME / "extension.py", env=environment)
         return api.connections
 
 
