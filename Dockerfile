@@ -14,10 +14,12 @@ RUN apt-get update \
 WORKDIR /build
 ARG EXTENSION
 COPY requirements.txt ./
-RUN pip3 install --no-cache-dir --target "/image${LAMBDA_TASK_ROOT}" -r requirements.txt
-# Each has its own: those of the extension never meet those of the function.
+RUN pip3 install --no-cache-dir --no-compile --target "/image${LAMBDA_TASK_ROOT}" -r requirements.txt
+# The extension's dependencies stay separate from the function's.
 COPY ${EXTENSION}/requirements.txt ${EXTENSION}/
-RUN pip3 install --no-cache-dir --target "/image/opt/${EXTENSION}" -r "${EXTENSION}/requirements.txt"
+RUN pip3 install --no-cache-dir --no-compile --target "/image/opt/${EXTENSION}" -r "${EXTENSION}/requirements.txt"
+# Lambda's file system is read-only, so Python could not keep its bytecode. Unchecked: whatever the files' times.
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash /image
 
 FROM dependencies AS rie
 COPY requirements-rie.txt ./
@@ -32,13 +34,12 @@ COPY lambda-entrypoint.sh ./
 COPY *.py .${LAMBDA_TASK_ROOT}/
 COPY extensions/${EXTENSION} opt/extensions/
 COPY ${EXTENSION}/*.py opt/${EXTENSION}/
-# Whatever the modes in the checkout: readable by any user, the three that are started executable. Lambda's file system
-# is read-only, so what Python would compile at each start is compiled here.
+# Whatever the modes in the checkout: readable by any user, the two scripts executable.
 RUN chmod -R u=rwX,go=rX . \
-    && chmod 755 lambda-entrypoint.sh opt/extensions/* opt/*/extension.py \
+    && chmod 755 lambda-entrypoint.sh opt/extensions/* \
     && mkdir var/runtime \
     && ln -s /lambda-entrypoint.sh var/runtime/bootstrap \
-    && python3 -m compileall -q .
+    && python3 -m compileall -q --invalidation-mode unchecked-hash .
 
 # What runs on AWS Lambda.
 FROM python AS lambda

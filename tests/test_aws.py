@@ -1,7 +1,9 @@
 """Ways to AWS: the SAM template, the commands of the README, the layer, and the Kubernetes manifest beside them."""
 
+import calendar
 import contextlib
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -211,17 +213,22 @@ def test_the_commands_of_the_readme_publish_and_add_the_layer(aws_shell, sample)
 # --- The layer ---
 
 
-@pytest.fixture(scope="module")
-def layer(sample, folder):
-    """The layer, unpacked as Lambda unpacks it: with the modes that the zip has."""
-    made = run(sample / "layer.sh")
+def make_layer(sample, target):
+    """Makes the layer in one time zone and unpacks it in another, with the modes and times that the zip has."""
+    made = run(sample / "layer.sh", env=os.environ | {"TZ": "JST-9"})
     assert made.returncode == 0, made.stderr
     with zipfile.ZipFile(sample / "layer.zip") as archive:
         for entry in archive.infolist():
-            path = Path(archive.extract(entry, folder / "layer"))
+            path = Path(archive.extract(entry, target))
             path.chmod(stat.S_IMODE(entry.external_attr >> 16))
+            os.utime(path, (calendar.timegm(entry.date_time),) * 2)
     (sample / "layer.zip").unlink()
-    return folder / "layer"
+    return target
+
+
+@pytest.fixture(scope="module")
+def layer(sample, folder):
+    return make_layer(sample, folder / "layer")
 
 
 def test_the_layer_holds_the_extension_and_its_launcher(layer):
@@ -231,8 +238,22 @@ def test_the_layer_holds_the_extension_and_its_launcher(layer):
     assert (layer / NAME / "requests" / "__init__.py").exists()
 
 
-def test_the_layer_runs_any_python_on_any_cpu(layer):
-    assert not [*layer.rglob("*.so"), *layer.rglob("*.pyd")]
+def test_the_layer_contains_bytecode_that_needs_no_check_of_times(layer):
+    sources = list(layer.rglob("*.py"))
+    assert len(sources) > 50
+    for source in sources:
+        header = Path(importlib.util.cache_from_source(source)).read_bytes()[:16]
+        unchecked = (0b01).to_bytes(4, "little")
+        assert header == importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source.read_bytes())
+
+
+def test_the_layer_takes_pure_wheels_whatever_the_lock_file_offers(sample, folder):
+    copy = copy_sample(folder / "compiled wheels")
+    lock_file = copy / NAME / "requirements.txt"
+    lock_file.write_text(re.sub(r" \\\n *--hash=\S+", "", lock_file.read_text()))
+    for layer in make_layer(sample, folder / "pure"), make_layer(copy, folder / "offered compiled"):
+        assert list(layer.rglob("charset_normalizer/*.py"))
+        assert not [*layer.rglob("*.so"), *layer.rglob("*.pyd")]
 
 
 def test_the_layer_runs_at_opt_beside_a_function_that_is_not_in_its_image(layer, installed_sample, tmp_path):
