@@ -7,6 +7,7 @@ if [ $# -gt 1 ] || [ -z "${1:-${_HANDLER:-}}" ]; then
     exit 142 # as AWS's base images do
 fi
 
+cd "${LAMBDA_TASK_ROOT:-.}" || exit # where the function and its dependencies are, whatever the working directory
 set -- python3 -m awslambdaric "${1:-$_HANDLER}"
 [ -n "${AWS_LAMBDA_RUNTIME_API:-}" ] || set -- /usr/local/bin/aws-lambda-rie "$@"
 exec "$@"

@@ -68,7 +68,7 @@ def free_port():
 
 def copy_sample(folder):
     """Copies the sample, with its uncommitted changes, as git would check it out."""
-    ignore = shutil.ignore_patterns(".git", ".venv", ".host", "__pycache__", "*.pyc")
+    ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
     return Path(shutil.copytree(ROOT, folder, ignore=ignore))
 
 
@@ -96,8 +96,8 @@ def sample(folder):
 
 @pytest.fixture(scope="session")
 def installed_sample(sample):
-    """That copy, after its first run on the host."""
-    with running(sample, "--host"):
+    """That copy, after its first run without Docker."""
+    with running(sample, "--no-docker"):
         pass
     return sample
 
@@ -226,10 +226,11 @@ class Running:
 def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment):
     """Runs the sample's run script until the ready line, in a session of its own, then lets the caller use it."""
     port = free_port()
-    environment = os.environ | {"PORT": str(port), "HOST": host} | environment
+    environment = os.environ | environment
+    publish = str(port) if host == "127.0.0.1" else f"{host}:{port}"
     with tempfile.NamedTemporaryFile(prefix="log-") as log:
         process = subprocess.Popen(
-            [sample / script, *arguments],
+            [sample / script, "-p", publish, *arguments],
             cwd="/",
             env=environment,
             user=user,
@@ -251,15 +252,15 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
             sys.stdout.write(sample_run.output)
 
 
-@pytest.fixture(scope="session", params=["host", "docker"])
+@pytest.fixture(scope="session", params=["no-docker", "docker"])
 def way(request):
     """Both ways to run the sample: the option of the run script, and its environment."""
     if request.param == "docker":
         request.getfixturevalue("engine")
         return "--docker", {"BASE_IMAGE": first_base_image()}
     if sys.platform != "linux":
-        pytest.skip("the host has to be Linux")
-    return "--host", {}
+        pytest.skip("running without Docker needs Linux")
+    return "--no-docker", {}
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,7 @@ def test_the_daemon_takes_the_place_of_the_emulator(way, sample, stand_in):
         assert bool(told["broker"]) == in_docker
         assert f"/functions/{NAME}/invocations" in started.output
         assert f"queue {NAME} at amqp://{broker}:5672" in started.output
-        assert ("lets its user guest in from its own machine only" in started.output) == in_docker
+        assert ("accepts user guest only from localhost" in started.output) == in_docker
 
 
 def test_the_daemon_gets_what_the_environment_says(way, sample, stand_in):
@@ -168,14 +168,13 @@ def test_the_daemon_gets_what_the_environment_says(way, sample, stand_in):
         "AMQP_USERNAME": USER,
         "AMQP_PASSWORD": PASSWORD,
         "AWS_LAMBDA_FUNCTION_TIMEOUT": "7",
-        "AWS_LAMBDA_MAX_CONCURRENCY": "4",
+        "MAX_CONCURRENCY": "4",
     }
     with with_daemon(way, sample, stand_in, **settings) as started:
         environ = json.loads(started.invoke(function=NAME))["environ"]
         assert settings["AMQP_URI"] not in started.output
         assert "broker.example.com:1234" in started.output
     assert environ["MAX_CONCURRENCY"] == "4"
-    del settings["AWS_LAMBDA_MAX_CONCURRENCY"]  # which the runtime would take for Lambda Managed Instances
     assert {name: environ[name] for name in settings} == settings
     assert "AWS_LAMBDA_MAX_CONCURRENCY" not in environ
 
@@ -188,7 +187,7 @@ def test_an_empty_amqp_uri_means_no_broker(way, sample, stand_in):
 
 def test_a_relative_path_of_the_daemon_is_from_where_the_user_is(sample, stand_in):
     relative = os.path.relpath(stand_in, "/")  # the tests run the script from /
-    with running(sample, "--host", LAMBDA_RUNTIME_API_DAEMON=relative) as started:
+    with running(sample, "--no-docker", LAMBDA_RUNTIME_API_DAEMON=relative) as started:
         assert json.loads(started.invoke(function=NAME))["argv"][0] == stand_in
 
 
@@ -352,7 +351,7 @@ def test_the_daemon_listens_on_loopback_only(daemon_run):
 
 
 def test_the_daemon_runs_as_many_invocations_at_a_time_as_told(way, daemon, broker, misbehaving_copy):
-    settings = broker(way) | {"AWS_LAMBDA_MAX_CONCURRENCY": "4", "AWS_LAMBDA_FUNCTION_TIMEOUT": "30"}
+    settings = broker(way) | {"MAX_CONCURRENCY": "4", "AWS_LAMBDA_FUNCTION_TIMEOUT": "30"}
     with with_daemon(way, misbehaving_copy, daemon, **settings) as started:
         threads = [threading.Thread(target=started.invoke, args=(b'{"sleep": 2}', NAME)) for _ in range(4)]
         start = time.monotonic()
@@ -372,7 +371,7 @@ def test_without_a_broker_http_works_and_the_terminal_says_so(way, daemon, misbe
 
 
 def test_copies_share_a_queue_and_nothing_is_lost_when_one_is_killed(daemon, broker, rabbitmq, misbehaving_copy):
-    way, name = ("--host", {}), "copies"
+    way, name = ("--no-docker", {}), "copies"
     with contextlib.ExitStack() as stack:
         copies = []
         for number in range(3):

@@ -1,4 +1,4 @@
-"""What can go wrong in the first run on the host, which installs the dependencies, and that the next run recovers."""
+"""What can go wrong while the first run without Docker installs the dependencies, and that the next run recovers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import HELLO, NAME, copy_sample, free_port, run, running, wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the host has to be Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def fresh(folder, request):
 
 def start(fresh, *prefix, **environment):
     return subprocess.Popen(
-        [*prefix, fresh / f"{NAME}.sh", "--host"],
-        env=os.environ | {"PORT": str(free_port())} | environment,
+        [*prefix, fresh / f"{NAME}.sh", "--no-docker", "-p", str(free_port())],
+        env=os.environ | environment,
         cwd=fresh,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -32,20 +32,20 @@ def start(fresh, *prefix, **environment):
 
 
 def works(fresh):
-    with running(fresh, "--host") as started:
+    with running(fresh, "--no-docker") as started:
         return json.loads(started.invoke()) == HELLO
 
 
 def half_made(fresh):
-    """What an installation has left in .host apart from whole sets of dependencies."""
-    return [path for path in fresh.glob(".host/*") if not (path / "aws-lambda-rie").exists()]
+    """What an installation has left in .run apart from whole sets of dependencies."""
+    return [path for path in fresh.glob(".run/*") if not (path / "aws-lambda-rie").exists()]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("seconds", [0.2, 1.5])
 def test_an_interrupted_installation_does_not_disturb_the_next_run(fresh, signum, seconds):
     process = start(fresh)
-    wait_until(lambda: list(fresh.glob(".host/run.*")))
+    wait_until(lambda: list(fresh.glob(".run/run.*")))
     time.sleep(seconds)
     os.killpg(process.pid, signum)
     assert "ready" not in process.communicate(timeout=10)[0]
@@ -55,13 +55,13 @@ def test_an_interrupted_installation_does_not_disturb_the_next_run(fresh, signum
 
 
 def test_two_first_runs_at_once_both_work(fresh):
-    with running(fresh, "--host", wait=False) as one, running(fresh, "--host") as other:
+    with running(fresh, "--no-docker", wait=False) as one, running(fresh, "--no-docker") as other:
         one.wait_until_ready()
         assert "installing" in one.output
         assert "installing" in other.output
         assert json.loads(one.invoke()) == json.loads(other.invoke()) == HELLO
     assert works(fresh)
-    assert len(list(fresh.glob(".host/*"))) == 1
+    assert len(list(fresh.glob(".run/*"))) == 1
 
 
 def test_no_network_is_a_clear_line_and_the_next_run_works(fresh):
@@ -75,8 +75,8 @@ def test_no_network_is_a_clear_line_and_the_next_run_works(fresh):
 
 
 def test_a_full_disk_is_a_clear_line_and_the_next_run_works(fresh):
-    (fresh / ".host").mkdir()
-    full = 'mount -t tmpfs -o size=2m none .host && exec "$@"'
+    (fresh / ".run").mkdir()
+    full = 'mount -t tmpfs -o size=2m none .run && exec "$@"'
     for options in [], ["--map-root-user"]:
         prefix = ["unshare", "--mount", *options, "sh", "-c", full, "sh"]
         if run(*prefix, "true", cwd=fresh).returncode == 0:
@@ -92,10 +92,10 @@ def test_a_full_disk_is_a_clear_line_and_the_next_run_works(fresh):
 
 def test_changed_requirements_are_noticed(fresh):
     assert works(fresh)
-    with running(fresh, "--host") as started:
+    with running(fresh, "--no-docker") as started:
         assert "installing" not in started.output
     with (fresh / NAME / "requirements.txt").open("a") as file:
         file.write("# changed\n")
-    with running(fresh, "--host") as started:
+    with running(fresh, "--no-docker") as started:
         assert "installing" in started.output
         assert json.loads(started.invoke()) == HELLO

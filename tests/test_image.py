@@ -80,7 +80,7 @@ def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image
     assert run(*inspect, on_lambda).stdout == run(*inspect, image).stdout
 
 
-@pytest.mark.parametrize("user", ["0:0", "1000:1000", "54321:12345"])
+@pytest.mark.parametrize("user", ["0:0", "1000:1000", "12345:54321"])
 def test_runs_as_any_user_read_only_and_without_capabilities(image, user):
     port = free_port()
     options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", user]

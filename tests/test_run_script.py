@@ -1,5 +1,6 @@
 """python-example-extension.sh: its options, its one-line errors, and that it cleans up after itself."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,12 +8,25 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-from conftest import HELLO, NAME, ROOT, build, copy_sample, first_base_image, free_port, run, running, wait_until
+from conftest import (
+    HELLO,
+    NAME,
+    ROOT,
+    build,
+    copy_misbehaving_sample,
+    copy_sample,
+    first_base_image,
+    free_port,
+    run,
+    running,
+    wait_until,
+)
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the host has to be Linux")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
 
 
 def script(sample, *arguments, path=None, **environment):
@@ -68,7 +82,9 @@ def tree(folder):
 def test_help_shows_the_usage(sample, option):
     ran = script(sample, option)
     assert ran.returncode == 0
-    assert ran.stdout.startswith(f"usage: ./{NAME}.sh [--docker | --host] [-e NAME[=VALUE]]...\n")
+    assert ran.stdout.startswith(
+        f"usage: {sample}/{NAME}.sh [--docker | --no-docker] [-p [ADDRESS:]PORT] [-e NAME[=VALUE]]...\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,17 +92,18 @@ def test_help_shows_the_usage(sample, option):
     [
         (["--nonsense"], {}),
         (["stray"], {}),
-        (["--docker", "--host"], {}),
+        (["--docker", "--no-docker"], {}),
         (["-e"], {}),
         (["-e", "1=2"], {}),
         (["-e", "=2"], {}),
         (["-e", "A-B=2"], {}),
-        ([], {"PORT": "http"}),
-        ([], {"PORT": "0"}),
-        ([], {"PORT": "08080"}),
-        ([], {"HOST": "localhost"}),
-        ([], {"HOST": "::1"}),
-        ([], {"PORT": "65536"}),
+        (["-p"], {}),
+        *((["-p", publish], {}) for publish in ["", "http", "0", "08080", "65536", "localhost:8080", "[::1]:8080"]),
+        *((["-p", publish], {}) for publish in ["256.1.1.1:8080", "1.2.3:8080", ":8080", "127.0.0.1:", "127.0.0.1"]),
+        ([], {"AWS_LAMBDA_FUNCTION_TIMEOUT": "abc"}),
+        ([], {"AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "0"}),
+        ([], {"AWS_LAMBDA_MAX_CONCURRENCY": "-1"}),
+        ([], {"MAX_CONCURRENCY": "many"}),
     ],
 )
 def test_a_usage_error_is_one_line_and_exit_status_2(sample, arguments, environment):
@@ -101,16 +118,16 @@ def test_a_port_in_use_is_one_line_and_exit_status_1(way, sample):
     option, environment = way
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        ran = script(sample, option, PORT=str(port), **environment)
+        ran = script(sample, option, "-p", str(port), **environment)
     assert ran.returncode == 1
     assert f"port {port} is in use" in one_line(ran)
 
 
 @on_linux
-@pytest.mark.parametrize("broken", ["exit 127", "echo 3.9 1234 /usr/bin/python3.9"])
+@pytest.mark.parametrize("broken", ["exit 127", "exit 1"], ids=["none", "too old"])
 def test_no_python_or_an_old_one_is_one_line_and_exit_status_1(sample, commands, broken):
     replace(commands, "python3", broken)
-    ran = script(sample, "--host", path=commands, PORT=str(free_port()))
+    ran = script(sample, "--no-docker", "-p", str(free_port()), path=commands)
     assert ran.returncode == 1
     assert ran.stderr.count("\n") == 1
     assert "Python 3.10" in one_line(ran)
@@ -123,17 +140,17 @@ def test_no_pip_is_one_line_and_exit_status_1(folder, commands):
     run(sys.executable, "-m", "venv", "--without-pip", without_pip)
     (commands / "python3").unlink()
     replace(commands, "python3", f'exec "{without_pip}/bin/python3" "$@"')
-    ran = script(fresh, "--host", path=commands, PORT=str(free_port()))
+    ran = script(fresh, "--no-docker", "-p", str(free_port()), path=commands)
     assert ran.returncode == 1
     assert "pip is missing" in one_line(ran)
-    assert not list((fresh / ".host").iterdir())
+    assert not list((fresh / ".run").iterdir())
 
 
 @on_linux
-def test_without_a_docker_command_it_says_so_and_runs_on_the_host(sample, commands):
+def test_without_a_docker_command_it_says_so_and_runs_without_docker(sample, commands):
     (commands / "docker").unlink(missing_ok=True)
     with running(sample, PATH=str(commands)) as started:
-        assert "on this host: there is no docker command" in started.output
+        assert "without Docker, on this machine: there is no docker command" in started.output
         assert json.loads(started.invoke()) == HELLO
 
 
@@ -145,30 +162,30 @@ def test_without_a_docker_command_it_says_so_and_runs_on_the_host(sample, comman
         ("echo 'permission denied while trying to connect' >&2; exit 1", "this user may not use the Docker engine"),
     ],
 )
-def test_without_a_docker_engine_it_says_so_and_runs_on_the_host(sample, commands, docker, reason):
+def test_without_a_docker_engine_it_says_so_and_runs_without_docker(sample, commands, docker, reason):
     replace(commands, "docker", docker)
     with running(sample, PATH=str(commands)) as started:
-        assert f"on this host: {reason}" in started.output
+        assert f"without Docker, on this machine: {reason}" in started.output
         assert json.loads(started.invoke()) == HELLO
-    ran = script(sample, "--docker", path=commands, PORT=str(free_port()))
+    ran = script(sample, "--docker", "-p", str(free_port()), path=commands)
     assert ran.returncode == 1
     assert reason in one_line(ran)
 
 
 @on_linux
-def test_with_an_engine_but_no_base_image_to_be_had_it_says_so_and_runs_on_the_host(sample, engine):
+def test_with_an_engine_but_without_base_image_it_says_so_and_runs_without_docker(sample, engine):
     image = "localhost:1/no/such/image:here"
     with running(sample, BASE_IMAGE=image) as started:
-        assert f"on this host: the base image {image} cannot be pulled" in started.output
+        assert f"without Docker, on this machine: the base image {image} cannot be pulled" in started.output
         assert json.loads(started.invoke()) == HELLO
 
 
 def test_docker_never_falls_back_when_the_base_image_cannot_be_had(sample, engine):
-    ran = script(sample, "--docker", BASE_IMAGE="localhost:1/no/such/image:here", PORT=str(free_port()))
+    ran = script(sample, "--docker", "-p", str(free_port()), BASE_IMAGE="localhost:1/no/such/image:here")
     assert ran.returncode == 1
     assert "localhost:1/no/such/image:here cannot be pulled" in one_line(ran)
     assert "BASE_IMAGE" in one_line(ran)
-    assert "--host" in one_line(ran)
+    assert "--no-docker" in one_line(ran)
 
 
 def test_with_an_engine_and_a_base_image_it_runs_in_docker(sample, engine):
@@ -179,7 +196,7 @@ def test_with_an_engine_and_a_base_image_it_runs_in_docker(sample, engine):
 
 def test_anything_but_linux_needs_docker(sample, commands):
     replace(commands, "uname", "echo Darwin")
-    ran = script(sample, "--host", path=commands, PORT=str(free_port()))
+    ran = script(sample, "--no-docker", "-p", str(free_port()), path=commands)
     assert ran.returncode == 1
     assert "Docker" in one_line(ran)
 
@@ -221,10 +238,74 @@ def test_ends_within_two_seconds_with_0_and_leaves_nothing_running(way, sample, 
 
 
 @on_linux
-def test_values_of_variables_are_on_no_command_line(sample):
-    with running(sample, "--host", "-e", "PASSWORD", PASSWORD="hunter2") as started:
-        started.invoke()
-        assert not [command for command in processes_of(sample) if "hunter2" in command]
+def test_a_secret_is_on_no_command_line_at_any_time(way, sample):
+    option, environment = way
+    secret, seen, stop = "hunter2 of this test", [], threading.Event()
+
+    def scan():
+        while not stop.is_set():
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    seen.append(process.joinpath("cmdline").read_bytes())
+
+    scanner = threading.Thread(target=scan)
+    scanner.start()
+    try:
+        with running(sample, option, "-e", "PASSWORD", PASSWORD=secret, **environment) as started:
+            started.invoke()
+    finally:
+        stop.set()
+        scanner.join()
+    assert any(NAME.encode() in command for command in seen)
+    assert not [command for command in seen if secret.encode() in command]
+
+
+def test_host_and_port_of_the_environment_mean_nothing(way, sample):
+    option, environment = way
+    with running(sample, option, HOST="x86_64-conda-linux-gnu", PORT="http", **environment) as started:
+        assert json.loads(started.invoke()) == HELLO
+
+
+def test_the_container_is_confined_as_lambda_confines_a_function(sample, engine):
+    environment = {"BASE_IMAGE": first_base_image(), "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "200"}
+    with running(sample, "--docker", **environment) as started:
+        assert json.loads(started.invoke()) == HELLO
+        container = run("docker", "ps", "-q", "--filter", f"publish={started.port}").stdout.strip()
+        (inspected,) = json.loads(run("docker", "inspect", container).stdout)
+        assert run("docker", "exec", container, "sh", "-c", "cp /bin/true /tmp && /tmp/true").returncode == 0
+        assert run("docker", "exec", container, "sh", "-c", "touch /var/task/file").returncode != 0
+    host = inspected["HostConfig"]
+    assert inspected["Config"]["User"] == "54321:54321"
+    assert (host["Memory"], host["PidsLimit"]) == (200 * 1024 * 1024, 1024)
+    assert (host["ReadonlyRootfs"], host["Tmpfs"]) == (True, {"/tmp": "exec,size=512m"})
+    assert (host["CapDrop"], host["CapAdd"]) == (["ALL"], None)
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+    assert host["AutoRemove"]
+
+
+def test_e_passes_values_of_any_kind_and_none_of_the_scripts_own_variables(way, folder):
+    option, environment = way
+    copy = copy_misbehaving_sample(folder / f"variables{option}")
+    own = ["way", "port", "address", "name", "self", "managed", "BASH_VERSION"]
+    names = [word for name in [*own, "LINES_OF_KEY", "EMPTY"] for word in ("-e", name)]
+    lines = {"LINES_OF_KEY": "one\ntwo = 'three' \"four\" $five\n", "EMPTY": ""}
+    with running(copy, option, *names, "-e", "GIVEN=a b=c", **lines, **environment) as started:
+        environ = json.loads(started.invoke(b'{"environ": true}'))
+    assert {name: environ.get(name) for name in [*lines, "GIVEN"]} == lines | {"GIVEN": "a b=c"}
+    assert not {*own} & environ.keys()
+
+
+@on_linux
+@pytest.mark.parametrize("how", ["a symlink", "sh"])
+def test_it_can_be_started_in_any_way(sample, tmp_path, how):
+    starter = tmp_path / "start it"
+    if how == "sh":
+        starter.write_text(f'#!/bin/sh\nexec sh "{sample}/{NAME}.sh" "$@"\n')
+        starter.chmod(0o755)
+    else:
+        starter.symlink_to(sample / f"{NAME}.sh")
+    with running(tmp_path, "--no-docker", script=starter.name) as started:
+        assert json.loads(started.invoke()) == HELLO
 
 
 @on_linux
@@ -234,16 +315,16 @@ def test_a_folder_that_cannot_be_written_to_is_a_clear_line_and_nothing_is_lost(
     fresh = copy_sample(folder / f"unwritable {len(whose)}")
     for path in [fresh, *fresh.rglob("*")]:
         os.chown(path, 12345, 12345)
-    (fresh / ".host").mkdir()
+    (fresh / ".run").mkdir()
     before = tree(fresh)
     prefix = []
     if whose == "a full disk":
-        full = 'mount -t tmpfs -o nr_inodes=1,uid=12345 none .host && exec setpriv --reuid 12345 "$@"'
+        full = 'mount -t tmpfs -o nr_inodes=1,uid=12345 none .run && exec setpriv --reuid 12345 "$@"'
         prefix = ["unshare", "--mount", "sh", "-c", full, "sh"]
     else:
         prefix = ["setpriv", "--reuid", "12345", "--clear-groups"]
-    environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin", "PORT": str(free_port())}
-    ran = run(*prefix, fresh / f"{NAME}.sh", "--host", cwd=fresh, env=environment)
+    environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+    ran = run(*prefix, fresh / f"{NAME}.sh", "--no-docker", "-p", str(free_port()), cwd=fresh, env=environment)
     assert ran.returncode == 1
     assert "cannot write to" in one_line(ran)
     assert tree(fresh) == before
@@ -252,7 +333,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_clear_line_and_nothing_is_lost(
 @on_linux
 def test_leaves_nothing_running_when_it_is_killed(folder, installed_sample):
     killed = shutil.copytree(installed_sample, folder / "killed", symlinks=True)
-    with running(killed, "--host") as started:
+    with running(killed, "--no-docker") as started:
         started.invoke()
         started.process.kill()
         wait_until(lambda: not processes_of(killed))
@@ -267,14 +348,14 @@ def test_writes_nothing_outside_its_ignored_folder(folder, tmp_path, commands, s
     for name in "home", "tmp":
         (tmp_path / name).mkdir()
     environment = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PATH": str(commands)}
-    with running(fresh, "--host", **environment) as started:
+    with running(fresh, "--no-docker", **environment) as started:
         started.invoke()
         assert os.listdir("/opt") == opt
         started.stop(signum)
     assert tree(tmp_path / "home") == tree(tmp_path / "tmp") == []
-    assert [path for path in tree(fresh) if f"{fresh}/.host" not in path] == before
-    assert not list(fresh.glob(".host/run.*"))
-    assert "/.host/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert [path for path in tree(fresh) if f"{fresh}/.run" not in path] == before
+    assert not list(fresh.glob(".run/run.*"))
+    assert "/.run/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 @on_linux
@@ -283,7 +364,7 @@ def test_an_edit_of_the_function_or_the_extension_is_there_at_the_next_run(folde
     function, extension = edited / "lambda_function.py", edited / NAME / "extension.py"
     function.write_text(function.read_text().replace("Hello from", "Good morning from"))
     extension.write_text(extension.read_text().replace("Received event", "Saw event"))
-    with running(edited, "--host") as started:
+    with running(edited, "--no-docker") as started:
         assert "installing" not in started.output
         assert json.loads(started.invoke())["body"] == '"Good morning from Lambda!"'
         wait_until(lambda: "Saw event" in started.output)
@@ -295,7 +376,7 @@ def test_the_extension_sees_the_hosts_own_opt_beside_its_own(folder, installed_s
     (looking / "lambda_function.py").write_text(
         "import os\ndef lambda_handler(event, _):\n    return os.listdir('/opt') + os.listdir('/opt/extensions')\n"
     )
-    with running(looking, "--host") as started:
+    with running(looking, "--no-docker") as started:
         seen = json.loads(started.invoke())
     assert set(seen) == {*os.listdir("/opt"), "extensions", NAME}
 
@@ -306,7 +387,7 @@ def test_works_as_an_ordinary_user(folder):
     theirs = copy_sample(folder / "of an ordinary user")
     for path in [theirs, *theirs.rglob("*")]:
         os.chown(path, 12345, 12345)
-    with running(theirs, "--host", user=12345, HOME="/", PATH="/usr/local/bin:/usr/bin:/bin") as started:
+    with running(theirs, "--no-docker", user=12345, HOME="/", PATH="/usr/local/bin:/usr/bin:/bin") as started:
         with started.receives():
             assert json.loads(started.invoke()) == HELLO
         assert started.stop()[0] == 0
@@ -337,7 +418,7 @@ import urllib.request
 print(urllib.request.urlopen("http://localhost:8080/2015-03-31/functions/function/invocations", b"{{}}").read())'
         echo during: $(ls /opt)
         kill -TERM $script; wait $script; echo status: $?
-        echo after: $(ls /opt) $(ls .host | grep run)
+        echo after: $(ls /opt) $(ls .run | grep run)
         sed s/^/log:/ log
         cat /proc/[0-9]*/cmdline | tr '\\0' ' ' >/tmp/left
         echo left: $(grep -o -e awslambdaric -e extension.py -e aws-lambda-rie /tmp/left)
@@ -351,8 +432,8 @@ print(urllib.request.urlopen("http://localhost:8080/2015-03-31/functions/functio
 
 
 def test_where_namespaces_are_refused_it_does_not_replace_what_is_in_opt(plain_container):
-    ran = plain_container(f"mkdir /opt/extensions; ./{NAME}.sh; echo status: $?; ls /opt; ls .host | grep run")
-    assert "/opt/extensions is there already" in one_line(ran)
+    ran = plain_container(f"mkdir /opt/extensions; ./{NAME}.sh; echo status: $?; ls /opt; ls .run | grep run")
+    assert "/opt/extensions exists already" in one_line(ran)
     assert ran.stdout == "status: 1\nextensions\n"
 
 

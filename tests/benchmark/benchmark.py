@@ -64,8 +64,7 @@ def free_port():
 def installed():
     """The folder with the dependencies and the emulator that the run script installs."""
     process = subprocess.Popen(
-        [ROOT / f"{NAME}.sh", "--host"],
-        env=os.environ | {"PORT": str(free_port())},
+        [ROOT / f"{NAME}.sh", "--no-docker", "-p", str(free_port())],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -75,7 +74,7 @@ def installed():
             break
     process.terminate()
     process.wait()
-    return max((ROOT / ".host").glob("[0-9]*"), key=os.path.getmtime)
+    return max((ROOT / ".run").glob(f"{NAME}-*"), key=os.path.getmtime)
 
 
 def stage(folder, source):
@@ -129,7 +128,7 @@ def emulator(folder):
 
 def extension_process(api_port):
     """The process of the extension that speaks with that API, as its folder in /proc."""
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob(f"{NAME}-*"):
         with contextlib.suppress(OSError):
             at_api = f"AWS_LAMBDA_RUNTIME_API=127.0.0.1:{api_port}" in (process / "environ").read_text().split("\0")
             if at_api and "extension.py" in (process / "cmdline").read_text():
@@ -276,7 +275,7 @@ def image(base_image):
 
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        sample = shutil.copytree(ROOT, Path(folder) / NAME, ignore=shutil.ignore_patterns(".*host", ".venv", ".git"))
+        sample = shutil.copytree(ROOT, Path(folder) / NAME, ignore=shutil.ignore_patterns(".run", ".venv", ".git"))
         progress("building the image from nothing")
         figures["build from nothing, s"] = build(sample, "--no-cache")
         figures["size added to the base, MB"] = size(tag) - size(base_image)
