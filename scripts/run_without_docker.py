@@ -92,7 +92,7 @@ def pip_install(target, lock_file, *options):
         "CERTIFICATE_VERIFY_FAILED": "pip does not trust the certificate of its package index; set PIP_CERT",
         "connection broken": "pip cannot reach its package index; is there a network?",
         "No space left on device": "No space left on device",
-        "HASHES": "a wheel is not the one that was pinned; renew the pins with .ci/update-pins",
+        "HASHES": "a wheel is not the one that was pinned; renew the pins with scripts/update-pins",
     }
     reason = next((reason for sign, reason in reasons.items() if sign in pip.stderr), None)
     if reason is None:

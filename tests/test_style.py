@@ -4,11 +4,11 @@ import os
 import re
 
 import pytest
-from conftest import NAME, ROOT, run, tool
+from conftest import ROOT, run, tool
 
-SCRIPTS = [
-    script for pattern in ("*.sh", "extensions/*", ".ci/*", "tests/**/*.sh") for script in sorted(ROOT.glob(pattern))
-]
+SAM = "requirements-rie.txt", ".ci/requirements.txt"
+FOLDERS = "*.sh", "extensions/*", ".ci/*", "scripts/*", "tests/**/*.sh"
+SCRIPTS = [path for pattern in FOLDERS for path in sorted(ROOT.glob(pattern)) if path.suffix in ("", ".sh")]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,15 @@ def test_no_file_has_windows_line_endings():
 
 
 def test_each_pinned_dependency_has_its_hashes():
-    for file in "requirements.txt", "requirements-rie.txt", f"{NAME}/requirements.txt":
-        pins = re.sub(r"^#.*\n|\\\n", "", (ROOT / file).read_text(), flags=re.MULTILINE).splitlines()
+    patterns = "requirements*.in", "*/requirements.in", "tests/*/requirements.in"
+    lock_files = [source.with_suffix(".txt") for pattern in patterns for source in ROOT.glob(pattern)]
+    assert len(lock_files) == 6
+    for lock_file in lock_files:
+        pins = re.sub(r"^ *#.*\n|\\\n", "", lock_file.read_text(), flags=re.MULTILINE).splitlines()
         assert pins
-        assert all(re.fullmatch(r"\S+==\S+( +--hash=sha256:[0-9a-f]{64})+", pin) for pin in pins)
+        assert all(re.fullmatch(r"\S+==\S+( ;.*?)?( +--hash=sha256:[0-9a-f]{64})+", pin) for pin in pins)
+
+
+def test_the_sam_cli_is_of_the_release_that_the_emulator_comes_from():
+    releases = {re.search(r"^aws-sam-cli==(\S+)", (ROOT / file).read_text(), re.MULTILINE).group(1) for file in SAM}
+    assert len(releases) == 1

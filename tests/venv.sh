@@ -6,6 +6,7 @@ venv() {
     rm -rf "$2"
     # Debian and Ubuntu keep venv's own pip in a package apart; pip can serve an environment from outside.
     python3 -m venv --without-pip "$2"
-    python3 -m pip --python "$2/bin/python3" install --quiet --disable-pip-version-check -r "$1"
+    python3 -m pip --python "$2/bin/python3" install --quiet --disable-pip-version-check \
+        --require-hashes --only-binary :all: -r "$1"
     cp "$1" "$2/requirements.txt"
 }
