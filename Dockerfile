@@ -11,7 +11,8 @@ ENV LAMBDA_TASK_ROOT=/var/task
 FROM python AS dependencies
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-pip
-ENV PIP_NO_CACHE_DIR=1 PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all:
+# The lock files are complete.
+ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all:
 WORKDIR /build
 ARG EXTENSION
 COPY requirements.txt ./
@@ -24,7 +25,7 @@ RUN pip3 install --no-compile --target "/image/opt/${EXTENSION}" -r "${EXTENSION
 
 FROM dependencies AS rie
 COPY requirements-rie.txt ./
-RUN pip3 install --no-compile --no-deps --target sam -r requirements-rie.txt \
+RUN pip3 install --no-compile --target sam -r requirements-rie.txt \
     && case $(uname -m) in x86_64) cpu=x86_64 ;; aarch64) cpu=arm64 ;; esac \
     && install -D "sam/samcli/local/rapid/aws-lambda-rie-$cpu" /image/usr/local/bin/aws-lambda-rie
 

@@ -11,8 +11,9 @@ layer=$(mktemp -d)
 trap 'rm -rf "$layer"' EXIT
 
 # Pure wheels serve any CPU. Bytecode is unchecked because a zip does not keep exact times.
-python3 -m pip install --quiet --disable-pip-version-check --no-compile --target "$layer/$name" \
-    --only-binary :all: --platform any --implementation py --abi none -r "$name/requirements.txt"
+env -u PIP_PREFIX PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 python3 -m pip install --quiet --disable-pip-version-check \
+    --no-deps --require-hashes --only-binary :all: --platform any --implementation py --abi none --no-compile \
+    --target "$layer/$name" -r "$name/requirements.txt"
 install -m 644 "$name"/*.py "$layer/$name"
 mkdir "$layer/extensions"
 install -m 755 "extensions/$name" "$layer/extensions"

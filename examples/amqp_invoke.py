@@ -1,7 +1,12 @@
 #!/usr/bin/env python3
 """Invokes a Lambda function through RabbitMQ, where the Lambda Runtime API Daemon serves a queue of its name."""
 
+# /// script
+# dependencies = ["pika"]
+# ///
+
 import argparse
+import os
 import sys
 import time
 import uuid
@@ -21,7 +26,7 @@ def invoke(channel, function, event, seconds=30):
         content_type="application/json",
         correlation_id=correlation_id,
         reply_to=answers,
-        expiration=str(int(seconds * 1000)),  # an answer that nobody waits for any more need not be worked out
+        expiration=str(int(seconds * 1000)),  # drop requests whose caller has given up
     )
     channel.basic_publish(exchange="", routing_key=function, body=event, properties=properties, mandatory=True)
     deadline = time.monotonic() + seconds
@@ -38,13 +43,15 @@ def invoke(channel, function, event, seconds=30):
 
 def main():
     """Invokes the function that the command line names, and prints its answer."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="AMQP_URI names the broker, amqp://user:password@host:port (default: amqp://localhost).",
+    )
     parser.add_argument("function")
     parser.add_argument("event", nargs="?", default="{}", help="JSON (default: {})")
-    parser.add_argument("--uri", default="amqp://localhost", help="of the broker: amqp://user:password@host:port")
     parser.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for the answer (default: 30)")
     options = parser.parse_args()
-    parameters = pika.URLParameters(options.uri)
+    parameters = pika.URLParameters(os.environ.get("AMQP_URI", "amqp://localhost"))
     broker = f"{parameters.host}:{parameters.port}"
     try:
         with pika.BlockingConnection(parameters) as connection:
@@ -54,7 +61,7 @@ def main():
     except pika.exceptions.UnroutableError:
         sys.exit(f"nothing serves the function {options.function}: it has no queue at {broker}")
     except pika.exceptions.AMQPConnectionError as error:
-        sys.exit(f"no RabbitMQ at {broker}, or it does not let us in: {error!r}")
+        sys.exit(f"no RabbitMQ at {broker}, or access denied: {error!r}")
     except TimeoutError as error:
         sys.exit(str(error))
 

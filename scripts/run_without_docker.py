@@ -27,9 +27,9 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 CPUS = {"x86_64": "x86_64", "aarch64": "arm64"}  # the names that the emulator's files have
 STOP_SECONDS = 2  # what Lambda allows a shutdown
 
-# As root of its namespaces: shows a private copy of $0 (the code) and $1 (the dependencies) in /opt.
+# As root of its namespaces: shows a private copy of $0 (the code) and $1 (the dependencies), made at $2, in /opt.
 MOUNTS = """
-mount -t tmpfs -o mode=755 none "$0/root" && cp -a "$0/opt" "$0/var" "$1"/. "$0/root" && cd "$0/root" &&
+mount -t tmpfs -o mode=755 none "$2" && cp -a "$0/opt" "$0/var" "$1"/. "$2" && cd "$2" &&
 chmod -R u=rwX,go=rX . && chmod 755 opt/extensions/* var/runtime/bootstrap aws-lambda-rie &&
 mount -t overlay -o lowerdir=opt:/opt overlay /opt && mount --bind opt/extensions /opt/extensions &&
 mount -t proc proc /proc"""
@@ -63,7 +63,7 @@ def install():
         (new / "python" / "pyvenv.cfg").write_text(f"home = {python.parent}\ninclude-system-site-packages = false\n")
         pip_install(new / "var" / "task", lock_files[0])
         pip_install(new / "opt" / NAME, lock_files[2])
-        pip_install(new / "sam", lock_files[1], "--no-deps", "--no-compile")
+        pip_install(new / "sam", lock_files[1], "--no-compile")
         shutil.copy(new / "sam" / "samcli" / "local" / "rapid" / f"aws-lambda-rie-{cpu}", new / "aws-lambda-rie")
         shutil.rmtree(new / "sam")
         new.rename(installed)  # only once complete
@@ -82,13 +82,23 @@ def pip_install(target, lock_file, *options):
     environment = {name: value for name, value in os.environ.items() if name not in ("PIP_TARGET", "PIP_PREFIX")}
     environment |= {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "TMPDIR": str(temporary)}
     command = [sys.executable, "-E", "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
-    command += ["--require-hashes", "--only-binary", ":all:", "--target", target, "--requirement", lock_file, *options]
+    command += [
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+        "--target",
+        target,
+        "--requirement",
+        lock_file,
+        *options,
+    ]
     pip = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     shutil.rmtree(temporary)
     if pip.returncode == 0:
         return
     reasons = {
-        "No module named pip": "pip is missing; try: apt-get install python3-pip",
+        "No module named pip": "this python3 has no pip; try: apt-get install python3-pip, or another python3",
         "CERTIFICATE_VERIFY_FAILED": "pip does not trust the certificate of its package index; set PIP_CERT",
         "connection broken": "pip cannot reach its package index; is there a network?",
         "No space left on device": "No space left on device",
@@ -119,16 +129,15 @@ def assemble(folder):
     return json.loads(re.search(r"^CMD (\[.*\])$", dockerfile, re.MULTILINE).group(1))[0]
 
 
-def isolate(folder, installed, managed):
-    """Returns the command prefix that runs a command in namespaces of its own, or None where they are refused."""
-    (folder / "root").mkdir()
+def isolate(folder, installed, root, managed):
+    """Returns the command prefix that runs a command in its own namespaces, or None where they are refused."""
     mounts = MOUNTS + (MOUNT_VAR if managed else "")
     prefix = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
     for options in [], ["--map-root-user"]:
         command = [*prefix, *options, "sh", "-c"]
-        tried = subprocess.run([*command, mounts, folder, installed], check=False, stderr=subprocess.DEVNULL)
+        tried = subprocess.run([*command, mounts, folder, installed, root], check=False, stderr=subprocess.DEVNULL)
         if tried.returncode == 0:
-            return [*command, f'{WRITE_PID} {mounts} && shift && exec "$@"', folder, installed]
+            return [*command, f'{WRITE_PID} {mounts} && shift 2 && exec "$@"', folder, installed, root]
         if managed:
             fail("AWS_LAMBDA_MAX_CONCURRENCY needs root and mount namespaces here; or use --docker")
     return None
@@ -153,10 +162,11 @@ def link(folder, links):
 def run(folder, installed, links, address, port, daemon, variables):
     """Starts the emulator, or the Daemon, which starts the extension and the function; returns its process."""
     handler = assemble(folder)
-    isolated = isolate(folder, installed, "AWS_LAMBDA_MAX_CONCURRENCY" in variables)
-    if isolated:
-        root = folder / "root"
-    else:
+    # A checkout in /opt disappears behind the overlay.
+    root = Path("/mnt") if folder.is_relative_to("/opt") else folder / "root"
+    root.mkdir(exist_ok=True)
+    isolated = isolate(folder, installed, root, "AWS_LAMBDA_MAX_CONCURRENCY" in variables)
+    if not isolated:
         shutil.copytree(installed, folder, dirs_exist_ok=True, symlinks=True)
         link(folder, links)
         root = folder

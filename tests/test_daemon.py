@@ -124,7 +124,7 @@ def connect(port):
 def amqp_invoke(port, *arguments):
     """Runs the example client."""
     uri = f"amqp://{USER}:{PASSWORD.replace(' ', '%20')}@localhost:{port}"
-    return run(sys.executable, ROOT / "examples" / "amqp_invoke.py", "--uri", uri, *arguments)
+    return run(sys.executable, ROOT / "examples" / "amqp_invoke.py", *arguments, env=os.environ | {"AMQP_URI": uri})
 
 
 # --- What the run script checks, and what it tells the Daemon ---

@@ -6,6 +6,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,13 @@ def test_a_wheel_that_is_not_the_pinned_one_is_one_line_that_says_how_to_renew_t
     assert ran.returncode == 1
     assert "renew the pins with" in ran.stderr.splitlines()[-1]
     assert list((copy / ".run").iterdir()) == []
+
+
+@pytest.mark.skipif(not os.access("/opt", os.W_OK), reason="this user cannot write to /opt")
+def test_a_checkout_in_opt_works(installed_sample):
+    with tempfile.TemporaryDirectory(dir="/opt") as opt:
+        copy = Path(shutil.copytree(installed_sample, Path(opt) / "sample", symlinks=True))
+        assert answer(copy) == HELLO
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not listen on port 1")

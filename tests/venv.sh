@@ -4,9 +4,10 @@ venv() {
     cmp -s "$1" "$2/requirements.txt" && "$2/bin/python3" -c '' && return
     echo "Installing the packages of $1 into $2 (once, about half a minute)"
     rm -rf "$2"
-    # Debian and Ubuntu keep venv's own pip in a package apart; pip can serve an environment from outside.
+    # Debian and Ubuntu keep venv's own pip in a separate package, so the pip outside installs into the environment.
     python3 -m venv --without-pip "$2"
-    python3 -m pip --python "$2/bin/python3" install --quiet --disable-pip-version-check \
-        --require-hashes --only-binary :all: -r "$1"
+    env -u PIP_TARGET -u PIP_PREFIX PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 "$2/bin/python3" \
+        "$(python3 -c 'import pip; print(*pip.__path__)')" install --quiet --ignore-installed --disable-pip-version-check \
+        --no-deps --require-hashes --only-binary :all: -r "$1"
     cp "$1" "$2/requirements.txt"
 }
