@@ -72,11 +72,7 @@ for variable in AWS_LAMBDA_FUNCTION_TIMEOUT AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_
     [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable takes a whole number from 1, not '${!variable}'" 2
 done
 
-self=$0
-while [ -L "$self" ]; do
-    link=$(readlink "$self")
-    case $link in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
-done
+self=$(readlink -f "$0" 2>/dev/null || echo "$0") # older macOS has no -f
 daemon=${LAMBDA_RUNTIME_API_DAEMON:-}
 if [ -n "$daemon" ]; then
     [ -f "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: there is no file $daemon"
@@ -206,7 +202,7 @@ start_without_docker() {
     job=$!
 }
 
-# Ends what was started, in the 2 seconds that Lambda allows, and leaves nothing behind.
+# Ends what was started, within the 2 seconds that Lambda allows, and leaves nothing behind.
 finish() {
     local status=$?
     trap '' INT TERM HUP QUIT

@@ -25,7 +25,7 @@ RUNS = ROOT / ".run"  # all that is ever written, ignored by git
 NAME = next(ROOT.glob("*/extension.py")).parent.name
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 CPUS = {"x86_64": "x86_64", "aarch64": "arm64"}  # the names that the emulator's files have
-STOP_SECONDS = 2  # what Lambda allows a shutdown
+STOP_SECONDS = 2  # what Lambda allows for a shutdown
 
 # As root of its namespaces: shows a private copy of $0 (the code) and $1 (the dependencies), made at $2, in /opt.
 MOUNTS = """
@@ -49,15 +49,15 @@ def install():
     """Installs into a folder what the image installs, once for each set of dependencies, and returns the folder."""
     cpu = CPUS.get(platform.machine()) or fail(f"there is no emulator for the CPU {platform.machine()}")
     lock_files = [ROOT / "requirements.txt", ROOT / "requirements-rie.txt", ROOT / NAME / "requirements.txt"]
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in [Path(__file__), *lock_files])).hexdigest()[:12]
-    installed = RUNS / f"{NAME}-{platform.python_version()}-{cpu}-{key}"
+    python = Path(sys.executable).resolve()
+    contents = b"".join(file.read_bytes() for file in [Path(__file__), *lock_files]) + bytes(python)
+    installed = RUNS / f"{NAME}-{platform.python_version()}-{cpu}-{hashlib.sha256(contents).hexdigest()[:12]}"
     if installed.exists():
         return installed
     print(f"{NAME}: installing the dependencies into {RUNS} (once, a few seconds)", file=sys.stderr)
     new = Path(tempfile.mkdtemp(prefix="new.", dir=RUNS))
     try:
         # A virtual environment without packages, so that the function sees none of this machine's.
-        python = Path(sys.executable).resolve()
         (new / "python" / "bin").mkdir(parents=True)
         (new / "python" / "bin" / "python3").symlink_to(python)
         (new / "python" / "pyvenv.cfg").write_text(f"home = {python.parent}\ninclude-system-site-packages = false\n")
@@ -81,15 +81,15 @@ def pip_install(target, lock_file, *options):
     temporary.mkdir(parents=True)  # within the run's folder, so that an interrupted pip leaves nothing elsewhere
     environment = {name: value for name, value in os.environ.items() if name not in ("PIP_TARGET", "PIP_PREFIX")}
     environment |= {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "TMPDIR": str(temporary)}
-    command = [sys.executable, "-E", "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
-    command += [
-        "--no-deps",
-        "--require-hashes",
+    install = "-E -m pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --require-hashes"
+    command = [
+        sys.executable,
+        *install.split(),
         "--only-binary",
         ":all:",
         "--target",
         target,
-        "--requirement",
+        "-r",
         lock_file,
         *options,
     ]
