@@ -1,6 +1,7 @@
 """What the tests stand on: copies of the sample, ways to run it, and the tools that a machine may lack."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -47,6 +48,14 @@ def tool(name):
 def run(*command, **options):
     """Runs a command to its end and returns its CompletedProcess, with the output as text."""
     return subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, **options)
+
+
+@functools.cache
+def need_namespaces():
+    """Skips the test where namespaces are refused: without them two runs would get in each other's way in /opt."""
+    unshare = "unshare", "--mount", "--pid", "--fork"
+    if shutil.which("unshare") and not any(run(*unshare, *more, "true").returncode == 0 for more in ([], ["-r"])):
+        pytest.skip("this machine, or this container, refuses namespaces")
 
 
 def wait_until(condition, seconds=20):
@@ -225,6 +234,8 @@ class Running:
 @contextlib.contextmanager
 def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment):
     """Runs the sample's run script until the ready line, in a session of its own, then lets the caller use it."""
+    if "--docker" not in arguments:
+        need_namespaces()
     port = free_port()
     environment = os.environ | environment
     publish = str(port) if host == "127.0.0.1" else f"{host}:{port}"

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import HELLO, NAME, copy_sample, free_port, run, running, wait_until
+from conftest import HELLO, NAME, copy_sample, free_port, need_namespaces, run, running, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
 
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without
 @pytest.fixture
 def fresh(folder, request):
     """A copy of the sample that was never run."""
+    need_namespaces()
     return copy_sample(folder / request.node.name)
 
 
