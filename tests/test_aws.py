@@ -161,7 +161,8 @@ def aws_shell(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AwsApi)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = CREDENTIALS | {
+    environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")} | CREDENTIALS
+    environment |= {
         "PATH": f"{commands}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",

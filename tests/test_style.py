@@ -34,7 +34,7 @@ def test_every_script_is_executable():
 
 
 def test_no_file_has_windows_line_endings():
-    tracked = run("git", "ls-files", cwd=ROOT).stdout.splitlines() or pytest.skip("this is no git checkout")
+    tracked = run(tool("git"), "ls-files", cwd=ROOT).stdout.splitlines() or pytest.skip("this is no git checkout")
     assert not [name for name in tracked if (ROOT / name).is_file() and b"\r\n" in (ROOT / name).read_bytes()]
 
 
