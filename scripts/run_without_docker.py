@@ -120,7 +120,8 @@ def assemble(folder):
     for pattern, place in places.items():
         for source in ROOT.glob(pattern):
             if source.is_dir():
-                shutil.copytree(source, folder / place, dirs_exist_ok=True)
+                # Hidden files stay out of the image, too.
+                shutil.copytree(source, folder / place, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
             else:
                 (folder / place).mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, folder / place)

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import HELLO, NAME, build, copy_sample, free_port, missing, run, wait_until
+from conftest import HELLO, NAME, build, copy_sample, free_port, missing, run, running, wait_until
 
 
 def inside(image, script, *options):
@@ -27,6 +27,21 @@ def test_opt_extensions_holds_the_launcher_and_no_stray_file(folder, base_image)
     assert inside(image, "ls -A /opt /opt/extensions").split() == [
         "/opt:", "extensions", NAME, "/opt/extensions:", NAME
     ]  # fmt: skip
+
+
+def test_hidden_files_stay_out_of_the_image_and_of_runs_without_docker(way, folder):
+    option, environment = way
+    sample = copy_sample(folder / f"hidden{option}")
+    dockerfile = sample / "Dockerfile"
+    dockerfile.write_text(re.sub(r"(COPY \*\.py (.*)\n)", r"\1COPY data \2data/\n", dockerfile.read_text()))
+    for name in "shown", ".env", ".aws/credentials", "in/.env":
+        (sample / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (sample / "data" / name).write_text("text")
+    (sample / "lambda_function.py").write_text(
+        "import os\ndef lambda_handler(event, context):\n    return [files for _, _, files in os.walk('data')]\n"
+    )
+    with running(sample, option, **environment) as started:
+        assert json.loads(started.invoke()) == [["shown"], []]
 
 
 def test_modes_and_owners_are_right_whatever_they_were_in_the_checkout(folder, base_image):
@@ -81,9 +96,19 @@ def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image
 
 
 @pytest.mark.parametrize("user", ["0:0", "1000:1000", "12345:54321"])
-def test_runs_as_any_user_read_only_and_without_capabilities(image, user):
+def test_runs_as_any_user_in_any_directory_read_only_and_without_capabilities(image, user):
     port = free_port()
-    options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", user]
+    options = [
+        "--workdir",
+        "/tmp",
+        "--read-only",
+        "--cap-drop",
+        "ALL",
+        "--security-opt",
+        "no-new-privileges",
+        "--user",
+        user,
+    ]
     command = ["docker", "run", "--rm", "--detach", *options, "--publish", f"127.0.0.1:{port}:8080", image]
     container = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     try:
