@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests in a virtual environment of their own; arguments go to pytest. It needs bash and Python with pip, and
-# skips, saying so, what needs more. With CI set nothing is skipped for want of a tool: it fails instead.
+# Runs the tests in their own virtual environment; arguments go to pytest. It needs bash and Python with pip; tests whose
+# tools are missing are skipped, with the reason. With CI set they fail instead, all but those of the Daemon, which has
+# no package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/venv.sh
