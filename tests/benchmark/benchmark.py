@@ -128,7 +128,7 @@ def emulator(folder):
 
 def extension_process(api_port):
     """The process of the extension that speaks with that API, as its folder in /proc."""
-    for process in Path("/proc").glob(f"{NAME}-*"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             at_api = f"AWS_LAMBDA_RUNTIME_API=127.0.0.1:{api_port}" in (process / "environ").read_text().split("\0")
             if at_api and "extension.py" in (process / "cmdline").read_text():
