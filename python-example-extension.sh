@@ -68,12 +68,13 @@ port=${publish##*:} address=127.0.0.1
 [[ $publish != *:* ]] || address=${publish%:*}
 
 # An empty variable is one that is not set.
-for variable in AWS_LAMBDA_FUNCTION_TIMEOUT AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_MAX_CONCURRENCY MAX_CONCURRENCY; do
+daemon=${LAMBDA_RUNTIME_API_DAEMON:-}
+concurrency=${daemon:+MAX_CONCURRENCY}
+for variable in AWS_LAMBDA_FUNCTION_TIMEOUT AWS_LAMBDA_FUNCTION_MEMORY_SIZE ${concurrency:-AWS_LAMBDA_MAX_CONCURRENCY}; do
     [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable takes a whole number from 1, not '${!variable}'" 2
 done
 
 self=$(readlink -f "$0" 2>/dev/null || echo "$0") # older macOS has no -f
-daemon=${LAMBDA_RUNTIME_API_DAEMON:-}
 if [ -n "$daemon" ]; then
     [ -f "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: there is no file $daemon"
     [ -x "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: $daemon is not executable; try: chmod +x $daemon"

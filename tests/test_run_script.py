@@ -104,7 +104,7 @@ def test_help_shows_the_usage(sample, option):
         ([], {"AWS_LAMBDA_FUNCTION_TIMEOUT": "abc"}),
         ([], {"AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "0"}),
         ([], {"AWS_LAMBDA_MAX_CONCURRENCY": "-1"}),
-        ([], {"MAX_CONCURRENCY": "many"}),
+        ([], {"LAMBDA_RUNTIME_API_DAEMON": "/bin/true", "MAX_CONCURRENCY": "many"}),
     ],
 )
 def test_a_usage_error_is_one_line_and_exit_status_2(sample, arguments, environment):
