@@ -27,12 +27,15 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 CPUS = {"x86_64": "x86_64", "aarch64": "arm64"}  # the names that the emulator's files have
 STOP_SECONDS = 2  # what Lambda allows for a shutdown
 
-# As root of its namespaces: shows a private copy of $0 (the code) and $1 (the dependencies), made at $2, in /opt.
+# As root of its namespaces: fills a private folder $2, and shows its opt in /opt.
 MOUNTS = """
-mount -t tmpfs -o mode=755 none "$2" && cp -a "$0/opt" "$0/var" "$1"/. "$2" && cd "$2" &&
-chmod -R u=rwX,go=rX . && chmod 755 opt/extensions/* var/runtime/bootstrap aws-lambda-rie &&
+mount -t tmpfs -o mode=755 none "$2" && cd "$2" && {fill} &&
 mount -t overlay -o lowerdir=opt:/opt overlay /opt && mount --bind opt/extensions /opt/extensions &&
 mount -t proc proc /proc"""
+# Fills it with the code in $0 and the dependencies in $1, or, to try whether all this is allowed, with nothing.
+COPY = """cp -a "$0/opt" "$0/var" "$1"/. . && chmod -R u=rwX,go=rX . &&
+chmod 755 opt/extensions/* var/runtime/bootstrap aws-lambda-rie"""
+NOTHING = "mkdir -p opt/extensions var"
 # For Lambda Managed Instances the emulator takes no other path than those in /var.
 MOUNT_VAR = " && mount -t overlay -o lowerdir=var:/var overlay /var"
 
@@ -136,9 +139,16 @@ def isolate(folder, installed, root, managed):
     prefix = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
     for options in [], ["--map-root-user"]:
         command = [*prefix, *options, "sh", "-c"]
-        tried = subprocess.run([*command, mounts, folder, installed, root], check=False, stderr=subprocess.DEVNULL)
+        trial = [*command, mounts.format(fill=NOTHING), folder, installed, root]
+        tried = subprocess.run(trial, check=False, stderr=subprocess.DEVNULL)
         if tried.returncode == 0:
-            return [*command, f'{WRITE_PID} {mounts} && shift 2 && exec "$@"', folder, installed, root]
+            return [
+                *command,
+                f'{WRITE_PID} {mounts.format(fill=COPY)} && shift 2 && exec "$@"',
+                folder,
+                installed,
+                root,
+            ]
         if managed:
             fail("AWS_LAMBDA_MAX_CONCURRENCY needs root and mount namespaces here; or use --docker")
     return None

@@ -98,17 +98,8 @@ def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image
 @pytest.mark.parametrize("user", ["0:0", "1000:1000", "12345:54321"])
 def test_runs_as_any_user_in_any_directory_read_only_and_without_capabilities(image, user):
     port = free_port()
-    options = [
-        "--workdir",
-        "/tmp",
-        "--read-only",
-        "--cap-drop",
-        "ALL",
-        "--security-opt",
-        "no-new-privileges",
-        "--user",
-        user,
-    ]
+    options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", user]
+    options += ["--workdir", "/tmp"]
     command = ["docker", "run", "--rm", "--detach", *options, "--publish", f"127.0.0.1:{port}:8080", image]
     container = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     try:

@@ -313,7 +313,6 @@ def test_it_can_be_started_in_any_way(sample, tmp_path, how):
 @pytest.mark.skipif(os.geteuid() != 0, reason="root cannot be kept from writing by modes, nor others by root's files")
 @pytest.mark.parametrize("whose", ["another user's", "a full disk"])
 def test_a_folder_that_cannot_be_written_to_is_a_clear_line_and_nothing_is_lost(folder, whose):
-    need_namespaces()
     fresh = copy_sample(folder / f"unwritable {len(whose)}")
     for path in [fresh, *fresh.rglob("*")]:
         os.chown(path, 12345, 12345)
@@ -321,6 +320,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_clear_line_and_nothing_is_lost(
     before = tree(fresh)
     prefix = []
     if whose == "a full disk":
+        need_namespaces()
         full = 'mount -t tmpfs -o nr_inodes=1,uid=12345 none .run && exec setpriv --reuid 12345 "$@"'
         prefix = ["unshare", "--mount", "sh", "-c", full, "sh"]
     else:
