@@ -11,7 +11,7 @@ ENV LAMBDA_TASK_ROOT=/var/task
 FROM python AS dependencies
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-pip
-# The lock files are complete.
+# The lock files are complete, with hashes.
 ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all:
 WORKDIR /build
 ARG EXTENSION
@@ -19,15 +19,9 @@ COPY requirements.txt ./
 RUN pip3 install --no-compile --target "/image${LAMBDA_TASK_ROOT}" -r requirements.txt
 # The extension's dependencies stay separate from the function's.
 COPY ${EXTENSION}/requirements.txt ${EXTENSION}/
-# Lambda's file system is read-only, so Python could not keep its bytecode. Unchecked: whatever the files' times.
+# Lambda's file system is read-only, so compile now. Unchecked: the bytecode is valid whatever the files' times.
 RUN pip3 install --no-compile --target "/image/opt/${EXTENSION}" -r "${EXTENSION}/requirements.txt" \
     && python3 -m compileall -q --invalidation-mode unchecked-hash /image
-
-FROM dependencies AS rie
-COPY requirements-rie.txt ./
-RUN pip3 install --no-compile --target sam -r requirements-rie.txt \
-    && case $(uname -m) in x86_64) cpu=x86_64 ;; aarch64) cpu=arm64 ;; esac \
-    && install -D "sam/samcli/local/rapid/aws-lambda-rie-$cpu" /image/usr/local/bin/aws-lambda-rie
 
 FROM python AS code
 WORKDIR /image
@@ -51,7 +45,17 @@ WORKDIR ${LAMBDA_TASK_ROOT}
 ENTRYPOINT ["/lambda-entrypoint.sh"]
 CMD ["lambda_function.lambda_handler"]
 
-# The same, with the Runtime Interface Emulator for a run anywhere else, as a user that no machine has.
+FROM dependencies AS rie
+COPY requirements-rie.txt ./
+RUN pip3 install --no-compile --target sam -r requirements-rie.txt \
+    && case $(uname -m) in \
+        x86_64) cpu=x86_64 ;; \
+        aarch64) cpu=arm64 ;; \
+        *) echo "there is no emulator for the CPU $(uname -m)" && exit 1 ;; \
+    esac \
+    && install -D "sam/samcli/local/rapid/aws-lambda-rie-$cpu" /image/usr/local/bin/aws-lambda-rie
+
+# The same with the Runtime Interface Emulator, to run anywhere else, as a user that no machine has.
 FROM lambda
 COPY --from=rie /image/usr /usr
 USER 54321:54321

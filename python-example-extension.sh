@@ -7,16 +7,13 @@ usage() {
     cat <<END
 usage: $0 [--docker | --no-docker] [-p [ADDRESS:]PORT] [-e NAME[=VALUE]]...
 
-Without --docker or --no-docker: uses Docker if available; otherwise runs on this Linux machine.
   --docker      build the image and run it
-  --no-docker   run on this machine (Linux, with Python 3.10 or newer and pip)
-  -p            listen on that port and IPv4 address (default: 127.0.0.1:8080)
-  -e            set an environment variable of the function, or pass one through from this shell; may be repeated
+  --no-docker   run on this Linux machine; requires Python 3.10 or newer, with pip
+  -p            listen on this port and IPv4 address (default: 127.0.0.1:8080)
+  -e            set a variable of the function, or pass one through from this shell; may be repeated
 
-Environment: BASE_IMAGE of the image, AWS_LAMBDA_FUNCTION_TIMEOUT in seconds, AWS_LAMBDA_FUNCTION_MEMORY_SIZE in MB,
-AWS_LAMBDA_MAX_CONCURRENCY to emulate Lambda Managed Instances. LAMBDA_RUNTIME_API_DAEMON is the path of the
-Lambda Runtime API Daemon, which replaces AWS's emulator; MAX_CONCURRENCY is its number of runtimes, and AMQP_URI,
-AMQP_USERNAME, AMQP_PASSWORD name its broker.
+Without --docker or --no-docker: uses Docker if available; otherwise runs on this machine and says why.
+See docs/running-locally.md for the environment variables.
 END
 }
 
@@ -27,11 +24,11 @@ fail() {
     exit "${2:-1}"
 }
 
-# --- Options: before anything else is named, so that -e NAME finds only what this shell was given -----------------------
+# --- Options -------------------------------------------------------------------------------------------------------------
 
 way='' publish=127.0.0.1:8080 environment=()
 
-# Adds NAME=VALUE, or NAME with its value in this shell if it has one.
+# Adds NAME=VALUE to the function's environment, or NAME with its value in this shell, if any.
 pass_on() {
     [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_]*(=|$) ]] || fail "-e takes NAME or NAME=VALUE, not '$1'" 2
     if [[ $1 = *=* ]]; then
@@ -43,19 +40,14 @@ pass_on() {
 
 while [ $# -gt 0 ]; do
     case $1 in
-    --docker | --no-docker)
-        [ -z "$way" ] || fail "$way was given already; see --help" 2
-        way=$1
-        ;;
-    -e | -p)
-        [ $# -gt 1 ] || fail "$1 takes a value; see --help" 2
-        if [ "$1" = -e ]; then pass_on "$2"; else publish=$2; fi
-        shift
-        ;;
-    -h | --help)
-        usage
-        exit
-        ;;
+    -h | --help) usage && exit ;;
+    --docker | --no-docker) [ -z "$way" ] || fail "$way was given already; see --help" 2 ;;
+    -e | -p) [ $# -gt 1 ] || fail "$1 takes a value; see --help" 2 ;;
+    esac
+    case $1 in
+    --docker | --no-docker) way=$1 ;;
+    -e) pass_on "$2" && shift ;;
+    -p) publish=$2 && shift ;;
     *) fail "unknown argument '$1'; see --help" 2 ;;
     esac
     shift
@@ -67,39 +59,25 @@ octet='(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])'
 port=${publish##*:} address=127.0.0.1
 [[ $publish != *:* ]] || address=${publish%:*}
 
-# An empty variable is one that is not set.
 daemon=${LAMBDA_RUNTIME_API_DAEMON:-}
-concurrency=${daemon:+MAX_CONCURRENCY}
-for variable in AWS_LAMBDA_FUNCTION_TIMEOUT AWS_LAMBDA_FUNCTION_MEMORY_SIZE ${concurrency:-AWS_LAMBDA_MAX_CONCURRENCY}; do
-    [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable takes a whole number from 1, not '${!variable}'" 2
-done
-
-self=$(readlink -f "$0" 2>/dev/null || echo "$0") # older macOS has no -f
+concurrency=AWS_LAMBDA_MAX_CONCURRENCY
 if [ -n "$daemon" ]; then
     [ -f "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: there is no file $daemon"
     [ -x "$daemon" ] || fail "LAMBDA_RUNTIME_API_DAEMON: $daemon is not executable; try: chmod +x $daemon"
     daemon=$(CDPATH='' cd "$(dirname "$daemon")" && pwd)/${daemon##*/}
+    concurrency=MAX_CONCURRENCY
 fi
+for variable in AWS_LAMBDA_FUNCTION_TIMEOUT AWS_LAMBDA_FUNCTION_MEMORY_SIZE "$concurrency"; do
+    [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable takes a whole number from 1, not '${!variable}'" 2
+done
+
+self=$(readlink -f "$0" 2>/dev/null || echo "$0") # older macOS has no -f
 CDPATH='' cd "$(dirname "$self")"
 name=$(basename "$self" .sh)
 : "${BASE_IMAGE:=$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile)}"
 : "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:=$(sed -n 's/^ *MemorySize: //p' template.yaml)}"
-environment=("AWS_LAMBDA_FUNCTION_NAME=$name" "AWS_LAMBDA_FUNCTION_MEMORY_SIZE=$AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
-    ${AWS_LAMBDA_FUNCTION_TIMEOUT:+"AWS_LAMBDA_FUNCTION_TIMEOUT=$AWS_LAMBDA_FUNCTION_TIMEOUT"}
-    ${environment[@]+"${environment[@]}"})
-managed=''
-if [ -n "$daemon" ]; then
-    environment+=("MAX_CONCURRENCY=${MAX_CONCURRENCY:-1}")
-    pass_on AMQP_USERNAME
-    pass_on AMQP_PASSWORD
-else
-    [ -z "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ] || pass_on AWS_LAMBDA_MAX_CONCURRENCY
-    for variable in "${environment[@]}"; do
-        [[ $variable != AWS_LAMBDA_MAX_CONCURRENCY=?* ]] || managed=yes
-    done
-fi
 
-# --- Docker, or not -----------------------------------------------------------------------------------------------------
+# --- Docker, or not ------------------------------------------------------------------------------------------------------
 
 # Prints why Docker cannot run the sample here, or nothing if it can.
 docker_obstacle() {
@@ -107,10 +85,7 @@ docker_obstacle() {
     if ! command -v docker >/dev/null; then
         echo "there is no docker command"
     elif ! answer=$(docker version 2>&1); then
-        case $answer in
-        *"permission denied"*) echo "this user may not use the Docker engine" ;;
-        *) echo "no Docker engine answers" ;;
-        esac
+        echo "no Docker engine answers: ${answer##*$'\n'}"
     elif ! docker image inspect "$BASE_IMAGE" >/dev/null 2>&1; then
         say "pulling the base image $BASE_IMAGE"
         docker pull "$BASE_IMAGE" >&2 || echo "the base image $BASE_IMAGE cannot be pulled; set BASE_IMAGE to a local image"
@@ -119,13 +94,10 @@ docker_obstacle() {
 
 if [ "$way" != --no-docker ]; then
     obstacle=$(docker_obstacle)
-    if [ -z "$obstacle" ]; then
-        way=--docker
-    elif [ "$way" = --docker ]; then
-        fail "$obstacle, or try --no-docker"
-    else
-        way=--no-docker
+    if [ -n "$obstacle" ]; then
+        [ -z "$way" ] || fail "$obstacle, or try --no-docker"
         say "running without Docker, on this machine: $obstacle"
+        way=--no-docker
     fi
 fi
 if [ "$way" = --no-docker ]; then
@@ -133,43 +105,54 @@ if [ "$way" = --no-docker ]; then
     python3 -E -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         fail "this needs Python 3.10 or newer; try: apt-get install python3 python3-pip"
 fi
-
-answers() {
-    (
-        exec 3<>"/dev/tcp/$address/$port"
-        printf 'GET / HTTP/1.0\r\n\r\n' >&3
-        read -r -t 2 <&3
-    ) 2>/dev/null
-}
 ! (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null || fail "port $port is in use on $address; choose another with -p"
 
-# --- The job: it ends when the emulator does ------------------------------------------------------------------------------
+# --- The environment of the function: empty variables count as unset -------------------------------------------------------
 
-job='' container='' created='' files=''
+environment=("AWS_LAMBDA_FUNCTION_NAME=$name" "AWS_LAMBDA_FUNCTION_MEMORY_SIZE=$AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
+    ${AWS_LAMBDA_FUNCTION_TIMEOUT:+"AWS_LAMBDA_FUNCTION_TIMEOUT=$AWS_LAMBDA_FUNCTION_TIMEOUT"}
+    ${environment[@]+"${environment[@]}"})
+options=(--cap-drop ALL) function=function headers=''
+if [ -n "$daemon" ]; then
+    function=$name broker=localhost
+    if [ "$way" != --no-docker ]; then
+        options+=(--volume "$daemon:/usr/local/bin/aws-lambda-rie:ro")
+        broker=host.docker.internal
+        # podman before 4.7 knows no host-gateway, but has a name of its own.
+        if [[ $(docker version) = *Podman* ]]; then
+            broker=host.containers.internal
+        else
+            options+=(--add-host "$broker:host-gateway")
+        fi
+        [ -n "${AMQP_USERNAME:-}" ] ||
+            say "RabbitMQ accepts user guest only from localhost: set AMQP_USERNAME and AMQP_PASSWORD"
+    fi
+    # The Daemon exits when it runs out of attempts. An empty AMQP_URI means no broker.
+    AMQP_URI=${AMQP_URI-amqp://$broker:5672?connection_attempts=1000000&retry_delay=10&heartbeat=10}
+    environment+=("AMQP_URI=$AMQP_URI" "MAX_CONCURRENCY=${MAX_CONCURRENCY:-1}")
+    pass_on AMQP_USERNAME
+    pass_on AMQP_PASSWORD
+    AMQP_URI=${AMQP_URI##*@} # without a password
+    say "AMQP: queue $name at ${AMQP_URI:-no broker}"
+else
+    [ -z "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ] || pass_on AWS_LAMBDA_MAX_CONCURRENCY
+    for variable in "${environment[@]}"; do
+        # For Lambda Managed Instances the emulator starts as root, and the extension and the runtime as Lambda's user.
+        [[ $variable != AWS_LAMBDA_MAX_CONCURRENCY=?* ]] || {
+            options+=(--user root --cap-add SETUID --cap-add SETGID --cap-add KILL)
+            headers=" -H 'Content-Type: application/json'"
+        }
+    done
+fi
 
-# Tells the Daemon which broker to use, on machine $1 unless AMQP_URI says otherwise; an empty AMQP_URI means none.
-set_broker() {
-    AMQP_URI=${AMQP_URI-amqp://$1:5672?connection_attempts=20&retry_delay=10&heartbeat=0}
-    environment+=("AMQP_URI=$AMQP_URI")
-}
+# --- The job: it ends when the emulator does -----------------------------------------------------------------------------
 
-# Runs a command as a job that Ctrl-C does not reach, and waits for it.
-await() {
-    "$@" &
-    job=$!
-    wait "$job"
-}
+job='' container='' files=''
 
 start_in_docker() {
-    local variable options=()
+    local variable
     files=$(mktemp -d)
-    # For Lambda Managed Instances the emulator starts as root, and the extension and the runtime as Lambda's user.
-    [ -z "$managed" ] || options+=(--user root --cap-add SETUID --cap-add SETGID --cap-add KILL)
-    if [ -n "$daemon" ]; then
-        set_broker host.docker.internal
-        options+=(--volume "$daemon:/usr/local/bin/aws-lambda-rie:ro" --add-host host.docker.internal:host-gateway)
-    fi
-    # Through a file, because everybody can read command lines; a file of variables cannot hold a value of several lines.
+    # In a file, because everyone can read command lines. Such a file cannot hold a value of several lines.
     for variable in "${environment[@]}"; do
         if [[ $variable = *$'\n'* ]]; then
             export "${variable?}"
@@ -178,28 +161,22 @@ start_in_docker() {
             printf '%s\n' "$variable" >>"$files/environment"
         fi
     done
-    await docker build --build-arg "BASE_IMAGE=$BASE_IMAGE" --iidfile "$files/image" --tag "$name" . ||
-        fail "the image cannot be built"
-    # As on Lambda: an unprivileged user, no capabilities, 512 MB of /tmp in a read-only file system, 1,024 processes.
+    docker build --build-arg "BASE_IMAGE=$BASE_IMAGE" --iidfile "$files/image" --tag "$name" . &
+    job=$!
+    wait "$job" || fail "the image cannot be built"
     container=$name-$$
-    await docker create --rm --name "$container" --publish "$address:$port:8080" --env-file "$files/environment" \
-        --cap-drop ALL --security-opt no-new-privileges --read-only --tmpfs /tmp:exec,size=512m \
-        --memory "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE}m" --pids-limit 1024 ${options[@]+"${options[@]}"} \
-        "$(cat "$files/image")" >/dev/null || fail "the container cannot be created"
-    created=yes
-    set -m # in a process group of its own it outlives Ctrl-C, and shows how the container ends
-    docker start --attach "$container" &
+    set -m # in its own process group, out of reach of Ctrl-C, it prints all that the container does
+    # As on Lambda: an unprivileged user, no capabilities, 512 MB of /tmp in a read-only file system, 1,024 processes.
+    docker run --rm --name "$container" --publish "$address:$port:8080" --env-file "$files/environment" \
+        --security-opt no-new-privileges --read-only --tmpfs /tmp:exec,size=512m --pids-limit 1024 \
+        --memory "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE}m" "${options[@]}" "$(cat "$files/image")" &
     job=$!
     set +m
 }
 
 start_without_docker() {
-    local command=(python3 -E scripts/run_without_docker.py "$address" "$port")
-    if [ -n "$daemon" ]; then
-        set_broker localhost
-        command+=("$daemon")
-    fi
-    setpriv --pdeathsig TERM "${command[@]}" < <(printf '%s\0' "${environment[@]}") &
+    setpriv --pdeathsig TERM python3 -E scripts/run_without_docker.py "$address" "$port" ${daemon:+"$daemon"} \
+        < <(printf '%s\0' "${environment[@]}") &
     job=$!
 }
 
@@ -208,41 +185,32 @@ finish() {
     local status=$?
     trap '' INT TERM HUP QUIT
     set +e
-    if [ -n "$container" ]; then
-        [ -n "$created" ] || wait "$job"
-        docker stop --time 2 "$container"
-        docker rm --force "$container"
-    elif [ -n "$job" ]; then
-        kill "$job"
-    fi >/dev/null 2>&1
-    wait
+    {
+        # It cannot stop a container before it is created.
+        while [ -n "$container" ] && kill -0 "$job"; do docker stop --time 2 "$container" || sleep 0.1; done
+        [ -z "$job" ] || kill "$job"
+        wait
+    } >/dev/null 2>&1
     [ -z "$files" ] || rm -rf "$files"
     exit "$status"
 }
 trap finish EXIT
 trap 'exit 0' INT TERM HUP QUIT
 
-if [ "$way" = --docker ]; then start_in_docker; else start_without_docker; fi
+answers() {
+    exec 3<>"/dev/tcp/$address/$port" && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && read -r -t 2 <&3
+}
+
+if [ "$way" = --no-docker ]; then start_without_docker; else start_in_docker; fi
 waited=0
-until answers; do
+until (answers) 2>/dev/null; do
     kill -0 "$job" 2>/dev/null || break
     [ "$way" = --no-docker ] || [ $((waited += 1)) -ne 200 ] ||
         say "nothing answers at $address:$port yet; is the Docker engine on another machine?"
     sleep 0.05
 done
-if kill -0 "$job" 2>/dev/null; then
-    # AWS's emulator knows the function by this name alone, the Daemon by its own.
-    function=function
-    if [ -n "$daemon" ]; then
-        function=$name
-        AMQP_URI=${AMQP_URI##*@} # without a password
-        say "AMQP: queue $name at ${AMQP_URI:-no broker}. Without a broker there, HTTP works all the same."
-        [ "$way" = --no-docker ] || [ -n "${AMQP_USERNAME:-}" ] ||
-            say "RabbitMQ accepts user guest only from localhost: set AMQP_USERNAME and AMQP_PASSWORD"
-    fi
-    say "ready; Ctrl-C ends it. Try:
-    curl -XPOST http://$address:$port/2015-03-31/functions/$function/invocations${managed:+ -H 'Content-Type: application/json'} -d '{\"key\": \"value\"}'"
-fi
+! kill -0 "$job" 2>/dev/null || say "ready; Ctrl-C ends it. Try:
+    curl -XPOST http://$address:$port/2015-03-31/functions/$function/invocations$headers -d '{\"key\": \"value\"}'"
 status=0
 wait "$job" || status=$?
 # Without Docker the job has said why it ended.

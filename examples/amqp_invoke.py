@@ -50,7 +50,7 @@ def main():
     parser.add_argument("function")
     parser.add_argument("event", nargs="?", default="{}", help="JSON (default: {})")
     parser.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for the answer (default: 30)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     parameters = pika.URLParameters(os.environ.get("AMQP_URI", "amqp://localhost"))
     broker = f"{parameters.host}:{parameters.port}"
     try:

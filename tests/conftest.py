@@ -1,96 +1,60 @@
-"""What the tests stand on: copies of the sample, ways to run it, and the tools that a machine may lack."""
+"""The fixtures that more than one file of tests uses."""
 
 import contextlib
-import functools
 import json
+import logging
 import os
-import random
-import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
-import boto3
+import pika
 import pytest
+from helpers import (
+    AMQP_PASSWORD,
+    AMQP_USERNAME,
+    BASE_IMAGES,
+    NAME,
+    ROOT,
+    available,
+    build,
+    connect,
+    copy_sample,
+    docker_gateway,
+    first_base_image,
+    free_port,
+    missing,
+    run,
+    running,
+    tool,
+    wait_until,
+)
 
-ROOT = Path(__file__).parent.parent
-VENV = Path(sys.executable).parent
-NAME = next(ROOT.glob("*/extension.py")).parent.name
-HELLO = {"statusCode": 200, "body": '"Hello from Lambda!"'}
-DEFAULT_BASE_IMAGE = re.search(r"^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)
-# On CI more than one, such as "debian:bookworm debian:trixie".
-BASE_IMAGES = os.environ.get("BASE_IMAGES", os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)).split()
-# What the AWS CLI and the SDKs want even for localhost.
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
-# The tests of the Daemon use it; to all others it must not be there.
-DAEMON = os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", None)
-
-
-def missing(what):
-    """Skips the test because this machine lacks something; on CI, where it has to be there, fails it."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what}, which CI has to have")
-    pytest.skip(what)
-
-
-def tool(name):
-    """The path of a command that not every machine has."""
-    path = f"{VENV}:{os.environ['PATH']}:{ROOT / '.venv' / 'sam' / 'bin'}"
-    return shutil.which(name, path=path) or missing(f"no {name} on this machine")
+logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs every attempt to connect
 
 
-def run(*command, **options):
-    """Runs a command to its end and returns its CompletedProcess, with the output as text."""
-    return subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, **options)
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the tests that take long or need heavy tools")
 
 
-@functools.cache
-def need_namespaces():
-    """Skips the test where namespaces are refused: without them two runs would get in each other's way in /opt."""
-    unshare = "unshare", "--mount", "--pid", "--fork"
-    if shutil.which("unshare") and not any(run(*unshare, *more, "true").returncode == 0 for more in ([], ["-r"])):
-        pytest.skip("this machine, or this container, refuses namespaces")
+def pytest_collection_modifyitems(config, items):
+    left_out = [item for item in items if item.get_closest_marker("slow") and not config.getoption("--all")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+    config.left_out = len(left_out)
 
 
-def wait_until(condition, seconds=20):
-    """Waits until condition() is true, and returns what it returned."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"not true within {seconds} s"
-        time.sleep(0.02)
-    return result
-
-
-def free_port():
-    """A free port that no outgoing connection of this machine will take before it is used: below the ephemeral ones."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-
-
-def copy_sample(folder):
-    """Copies the sample, with its uncommitted changes, as git would check it out."""
-    ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
-    return Path(shutil.copytree(ROOT, folder, ignore=ignore))
-
-
-def copy_misbehaving_sample(folder):
-    """Copies the sample with a function that does to its environment what the event says."""
-    copy = copy_sample(folder)
-    shutil.copy(ROOT / "tests" / "misbehaving_function.py", copy / "lambda_function.py")
-    return copy
+def pytest_terminal_summary(terminalreporter, config):
+    if config.left_out:
+        how = "./tests/run.sh --all runs them, too"
+        terminalreporter.write_line(f"Left out: {config.left_out} tests that take long or need heavy tools; {how}")
 
 
 @pytest.fixture(scope="session")
 def folder():
-    """A temporary folder that any user can read; with a space in its name, as users' folders have."""
+    """A temporary folder that any user can read and with a space in its name, as users' folders have."""
     path = Path(tempfile.mkdtemp(prefix="sample test "))
     path.chmod(0o755)
     yield path
@@ -125,7 +89,7 @@ def extension(folder):
 
 @pytest.fixture(scope="session")
 def engine():
-    """Makes sure that a Docker engine answers."""
+    """Skips the test unless a Docker engine answers."""
     if run(tool("docker"), "version").returncode != 0:
         missing("no Docker engine on this machine")
     yield
@@ -136,21 +100,9 @@ def engine():
         run("docker", "image", "rm", "--force", *images.split())
 
 
-def first_base_image():
-    """The base image that the run script is tested with."""
-    return available(BASE_IMAGES[0])
-
-
-def available(image):
-    """The image's name, once it is sure that the image is here or could be pulled."""
-    if run("docker", "image", "inspect", image).returncode != 0 and run("docker", "pull", image).returncode != 0:
-        missing(f"no base image {image}")
-    return image
-
-
 @pytest.fixture(scope="session", params=BASE_IMAGES)
 def base_image(request, engine):
-    """The name of a base image that is here or could be pulled."""
+    """The name of a base image, pulled if necessary."""
     return available(request.param)
 
 
@@ -158,109 +110,6 @@ def base_image(request, engine):
 def image(sample, base_image):
     """The image, built on that base, as a tag."""
     return build(sample, f"{NAME}-test:{base_image.replace(':', '-').replace('/', '-')}", base_image)
-
-
-def build(sample, tag, base_image, *options, **environment):
-    """Builds the image from a copy of the sample with the engine's own builder, and returns the tag."""
-    command = ["docker", "build", "--tag", tag, "--build-arg", f"BASE_IMAGE={base_image}", *options, sample]
-    built = run(*command, env=os.environ | environment)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return tag
-
-
-class Running:
-    """The sample while it runs: where it listens, and what it has printed so far."""
-
-    def __init__(self, process, log, port, host="127.0.0.1"):
-        self.process, self.log, self.port = process, log, port
-        self.endpoint = f"http://{host}:{port}"
-
-    @property
-    def output(self):
-        return self.log.read_text()
-
-    def invoke(self, payload=b"{}", function="function", timeout=30, **headers):
-        """Posts the payload (bytes) to the function and returns the body of the answer (bytes)."""
-        request = urllib.request.Request(
-            f"{self.endpoint}/2015-03-31/functions/{function}/invocations", payload, headers
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            return error.read()
-
-    def boto3_answer(self, function="function"):
-        """Invokes the function with the AWS SDK and returns its answer, from JSON."""
-        client = boto3.client(
-            "lambda",
-            endpoint_url=self.endpoint,
-            region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
-            aws_access_key_id="any",
-            aws_secret_access_key="any",
-        )
-        answer = client.invoke(FunctionName=function, Payload=json.dumps({"key": "value"}))
-        assert answer["StatusCode"] == 200
-        return json.load(answer["Payload"])
-
-    def wait_until_ready(self):
-        """Waits for the ready line, which a first run takes a while to print."""
-        wait_until(lambda: "ready;" in self.output or self.process.poll() is not None, 300)
-        assert self.process.poll() is None, self.output
-
-    @property
-    def received(self):
-        """The request ids of the INVOKE events that the extension has logged so far."""
-        pattern = r'^\[\S+\] Received event: .*"INVOKE".*"requestId": "([^"]+)"'
-        return re.findall(pattern, self.output, re.MULTILINE)
-
-    @contextlib.contextmanager
-    def receives(self, count=1):
-        """Waits, at the end, until the extension has logged that many INVOKE events since the start."""
-        before = len(self.received)
-        yield
-        wait_until(lambda: len(self.received) >= before + count)
-
-    def stop(self, signum=signal.SIGTERM):
-        """Ends the run as a terminal or a supervisor would; returns exit status and seconds taken."""
-        start = time.monotonic()
-        if signum == signal.SIGINT:
-            os.killpg(self.process.pid, signum)
-        else:
-            self.process.send_signal(signum)
-        return self.process.wait(20), time.monotonic() - start
-
-
-@contextlib.contextmanager
-def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment):
-    """Runs the sample's run script until the ready line, in a session of its own, then lets the caller use it."""
-    if "--docker" not in arguments:
-        need_namespaces()
-    port = free_port()
-    environment = os.environ | environment
-    publish = str(port) if host == "127.0.0.1" else f"{host}:{port}"
-    with tempfile.NamedTemporaryFile(prefix="log-") as log:
-        process = subprocess.Popen(
-            [sample / script, "-p", publish, *arguments],
-            cwd="/",
-            env=environment,
-            user=user,
-            group=user,
-            extra_groups=None if user is None else [],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        sample_run = Running(process, Path(log.name), port, host)
-        try:
-            if wait:
-                sample_run.wait_until_ready()
-            yield sample_run
-        finally:
-            if process.poll() is None:
-                sample_run.stop()
-            sys.stdout.write(sample_run.output)
 
 
 @pytest.fixture(scope="session", params=["no-docker", "docker"])
@@ -280,3 +129,48 @@ def sample_run(way, sample):
     option, environment = way
     with running(sample, option, **environment) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory):
+    """A RabbitMQ for the tests, reachable from this machine and its containers; yields its port."""
+    server = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+    if not os.path.exists(server):
+        missing("no RabbitMQ on this machine")
+    folder, port, epmd_port = tmp_path_factory.mktemp("rabbitmq"), free_port(), free_port()
+    addresses = ["127.0.0.1", *docker_gateway()]
+    listeners = [f"listeners.tcp.{number} = {address}:{port}" for number, address in enumerate(addresses, 1)]
+    (folder / "rabbitmq.conf").write_text("\n".join([*listeners, f"load_definitions = {folder}/definitions.json", ""]))
+    allow = {"vhost": "/", "configure": ".*", "write": ".*", "read": ".*"}
+    users = {"guest": "guest", AMQP_USERNAME: AMQP_PASSWORD}
+    definitions = {
+        "vhosts": [{"name": "/"}],
+        "users": [{"name": user, "password": password, "tags": ""} for user, password in users.items()],
+        "permissions": [{"user": user, **allow} for user in users],
+    }
+    (folder / "definitions.json").write_text(json.dumps(definitions))
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": str(folder),
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "ERL_EPMD_PORT": str(epmd_port),
+        "RABBITMQ_NODENAME": "tests@localhost",
+        "RABBITMQ_DIST_PORT": str(free_port()),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        "RABBITMQ_MNESIA_BASE": str(folder),
+        "RABBITMQ_LOG_BASE": str(folder),
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+    }
+    process = subprocess.Popen([server], env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def up():
+        assert process.poll() is None, "RabbitMQ ended"
+        with contextlib.suppress(pika.exceptions.AMQPError), connect(port):
+            return True
+
+    wait_until(up, 60)
+    yield port
+    process.terminate()
+    process.wait()
+    run("epmd", "-port", str(epmd_port), "-kill", env=environment | {"ERL_EPMD_RELAXED_COMMAND_CHECK": "true"})

@@ -1,4 +1,4 @@
-"""A Lambda Extensions API on loopback that does as a test tells it, right or wrong.
+"""A Lambda Extensions API on loopback, scripted by the test.
 
 An answer is bytes, sent as they are, or a function that gets the connection (a socket) and does what it likes with it.
 A connection is closed after an answer of None.
@@ -57,7 +57,7 @@ class Request:
 class ExtensionsApiServer:
     """Answers registrations with `register`, one after the other, requests for events with `events`, reports with 202.
 
-    The last answer of each is given again and again. A request without any answer waits for ever.
+    The last answer of each repeats. A request without an answer waits forever.
     """
 
     def __init__(self, events=(), register=(REGISTERED,), report=REPORTED):

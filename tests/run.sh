@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Runs the tests in their own virtual environment; arguments go to pytest. It needs bash and Python with pip; tests whose
-# tools are missing are skipped, with the reason. With CI set they fail instead, all but those of the Daemon, which has
-# no package.
+# Runs the tests in a virtual environment of their own; it needs bash and Python with pip.
+#   ./tests/run.sh [--all] [pytest options]
+# --all adds the tests that take long or need heavy tools. A test whose tools are missing is skipped, with the reason; with
+# CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package, or podman 5.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/venv.sh
 
 venv tests/requirements.txt .venv/tests
+case " $* " in *" --all "*) venv tests/requirements-all.txt .venv/tools ;; esac
 # Last on PATH, so that the sample under test still finds the python3 that its users have.
 PATH=$PATH:$PWD/.venv/tests/bin PYTHONDONTWRITEBYTECODE=1 exec .venv/tests/bin/python3 -m pytest "$@"

@@ -1,4 +1,4 @@
-"""The extension as a process of its own, with its dependencies but without Lambda."""
+"""The extension as a process, with its dependencies but without Lambda."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import NAME, ROOT
+from helpers import NAME, ROOT
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
 PYTHON = [sys.executable, *re.search(r"^exec python3 (.*) ", LAUNCHER, re.MULTILINE).group(1).split()]

@@ -1,7 +1,7 @@
-"""The choices of lambda-entrypoint.sh, with a python3 and an emulator that only tell how they were called."""
+"""The choices of lambda-entrypoint.sh, with a python3 and an emulator that print their arguments."""
 
 import pytest
-from conftest import ROOT, run
+from helpers import ROOT, run
 
 HANDLER = "lambda_function.lambda_handler"
 
@@ -27,7 +27,7 @@ def test_starts_the_emulator_with_the_runtime_interface_client_as_its_child(entr
     assert entrypoint(HANDLER).stdout == f"aws-lambda-rie python3 -m awslambdaric {HANDLER}\n"
 
 
-def test_starts_the_runtime_interface_client_alone_where_there_is_a_runtime_api(entrypoint):
+def test_starts_the_runtime_interface_client_alone_with_a_runtime_api(entrypoint):
     started = entrypoint(HANDLER, AWS_LAMBDA_RUNTIME_API="127.0.0.1:9001")
     assert started.stdout == f"python3 -m awslambdaric {HANDLER}\n"
 

@@ -4,8 +4,8 @@ import json
 import re
 import sys
 
-from conftest import NAME, run, wait_until
 from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, invoke
+from helpers import NAME, RECEIVED, run, wait_until
 from started_extension import end_of, started
 
 
@@ -31,7 +31,7 @@ def test_asks_for_events_with_the_identifier_it_was_given(extension):
 def test_logs_each_invoke_event_in_one_line(extension):
     with ExtensionsApiServer([invoke("one"), invoke("two"), SHUTDOWN]) as api:
         _, stdout, _ = end_of(extension, api)
-    events = re.findall(rf"^\[{NAME}\] Received event: (.*)$", stdout, re.MULTILINE)
+    events = re.findall(rf"^\[{NAME}\] {RECEIVED}: (.*)$", stdout, re.MULTILINE)
     assert [json.loads(event).get("requestId") for event in events] == ["one", "two", None]
 
 
@@ -76,4 +76,4 @@ def test_uses_at_most_two_connections_for_a_thousand_events(extension):
         status, stdout, _ = end_of(extension, api)
         assert api.connections <= 2
     assert status == 0
-    assert stdout.count("Received event") == 1001
+    assert stdout.count(RECEIVED) == 1001

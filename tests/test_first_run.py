@@ -1,4 +1,4 @@
-"""What can go wrong while the first run without Docker installs the dependencies, and that the next run recovers."""
+"""Interrupted and failed first runs without Docker: the next run recovers."""
 
 import json
 import os
@@ -8,9 +8,12 @@ import sys
 import time
 
 import pytest
-from conftest import HELLO, NAME, copy_sample, free_port, need_namespaces, run, running, wait_until
+from helpers import HELLO, NAME, copy_sample, free_port, need_namespaces, run, running, wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux"),
+]
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def works(fresh):
 
 
 def half_made(fresh):
-    """What an installation has left in .run apart from whole sets of dependencies."""
+    """What an installation has left in .run besides complete sets of dependencies."""
     return [path for path in fresh.glob(".run/*") if not (path / "aws-lambda-rie").exists()]
 
 
@@ -65,7 +68,7 @@ def test_two_first_runs_at_once_both_work(fresh):
     assert len(list(fresh.glob(".run/*"))) == 1
 
 
-def test_no_network_is_a_clear_line_and_the_next_run_works(fresh):
+def test_without_network_it_fails_with_one_line_and_the_next_run_works(fresh):
     nowhere = "http://127.0.0.1:1/simple"
     process = start(fresh, PIP_INDEX_URL=nowhere, PIP_EXTRA_INDEX_URL=nowhere, PIP_CONFIG_FILE=os.devnull)
     output, _ = process.communicate(timeout=120)
@@ -75,7 +78,7 @@ def test_no_network_is_a_clear_line_and_the_next_run_works(fresh):
     assert works(fresh)
 
 
-def test_a_full_disk_is_a_clear_line_and_the_next_run_works(fresh):
+def test_on_a_full_disk_it_fails_with_one_line_and_the_next_run_works(fresh):
     (fresh / ".run").mkdir()
     full = 'mount -t tmpfs -o size=2m none .run && exec "$@"'
     for options in [], ["--map-root-user"]:

@@ -1,6 +1,6 @@
 import sys
 
-from conftest import HELLO, ROOT
+from helpers import HELLO, ROOT
 
 
 def test_the_handler_says_hello(monkeypatch):

@@ -1,13 +1,10 @@
-"""What is in the image, how it is built, and that it runs as Lambda runs it."""
+"""What the image contains, and how it builds and runs."""
 
 import json
 import re
-import subprocess
-import urllib.error
-import urllib.request
 
 import pytest
-from conftest import HELLO, NAME, build, copy_sample, free_port, missing, run, running, wait_until
+from helpers import HELLO, NAME, RECEIVED, build, container, copy_sample, docker_with, run, running, wait_until
 
 
 def inside(image, script, *options):
@@ -61,13 +58,13 @@ def test_pip_and_build_tools_stay_out(image):
     assert inside(image, "ls /var/lib/apt/lists /var/cache/apt") == "/var/cache/apt:\n\n/var/lib/apt/lists:\n"
 
 
-def test_the_dependencies_of_the_function_and_of_the_extension_do_not_meet(image):
+def test_the_dependencies_of_function_and_extension_stay_separate(image):
     search = "cd /; python3 -E -s -c 'import sys; sys.path[0] = \"{}\"; import {}' 2>&1 || true"
     assert "No module named 'requests'" in inside(image, search.format("/var/task", "requests"))
     assert "No module named 'awslambdaric'" in inside(image, search.format(f"/opt/{NAME}", "awslambdaric"))
 
 
-def test_nothing_is_compiled_at_run_time_whatever_the_times_of_the_files(image):
+def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
     touch = "find /opt /var/task -name '*.py' -exec touch {} +; "
     extension = (
         f"cd /; python3 -v -E -s -S -c 'import sys; sys.path[0] = \"/opt/{NAME}\"; import extension, requests' 2>&1"
@@ -97,55 +94,34 @@ def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image
 
 @pytest.mark.parametrize("user", ["0:0", "1000:1000", "12345:54321"])
 def test_runs_as_any_user_in_any_directory_read_only_and_without_capabilities(image, user):
-    port = free_port()
     options = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", user]
-    options += ["--workdir", "/tmp"]
-    command = ["docker", "run", "--rm", "--detach", *options, "--publish", f"127.0.0.1:{port}:8080", image]
-    container = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    try:
-        url = f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations"
-
-        def invoke():
-            try:
-                return urllib.request.urlopen(url, b"{}", timeout=20).read()
-            except (urllib.error.URLError, ConnectionError):
-                return None
-
-        assert json.loads(wait_until(invoke)) == HELLO
-        wait_until(lambda: "Received event" in run("docker", "logs", container).stdout)
-    finally:
-        run("docker", "kill", container)
+    with container(image, *options, "--workdir", "/tmp") as (name, answer):
+        assert json.loads(answer) == HELLO
+        wait_until(lambda: RECEIVED in run("docker", "logs", name).stdout)
 
 
-def test_builds_with_buildkit_and_with_the_classic_builder(folder, base_image):
-    sample = copy_sample(folder / f"builders-{base_image}".replace(":", "-"))
-    commands = run("bash", "-c", "type -ap docker").stdout.split()
-    built = {}
-    for buildkit in "0", "1":
-        for command in commands:
-            tag = f"{NAME}-test:buildkit-{buildkit}"
-            options = ["build", "--tag", tag, "--build-arg", f"BASE_IMAGE={base_image}", sample]
-            built[buildkit] = run(command, *options, env={"DOCKER_BUILDKIT": buildkit, "PATH": "/usr/bin:/bin"})
-            if built[buildkit].returncode == 0:
-                break
-        else:
-            if "buildx" in built[buildkit].stderr:
-                missing("no docker command with BuildKit")
-            pytest.fail(built[buildkit].stderr)
-    assert re.search("exporting layers|writing image|exporting to image", built["1"].stderr)
-    assert "Step 1/" in built["0"].stdout
+@pytest.mark.parametrize("buildkit", ["0", "1"], ids=["the classic builder", "BuildKit"])
+def test_an_edit_of_one_line_of_code_builds_no_dependency_again(folder, base_image, buildkit):
+    sample = copy_sample(folder / f"edit-{base_image}-{buildkit}".replace(":", "-"))
+    for edited in None, "lambda_function.py", f"{NAME}/extension.py":
+        if edited:
+            with open(sample / edited, "a") as file:
+                file.write("# one more line\n")
+        options = ["--progress", "plain"] if buildkit == "1" else []
+        built = docker_with(buildkit, "build", *options, "--build-arg", f"BASE_IMAGE={base_image}", sample)
+        assert built.returncode == 0, built.stderr
+    if buildkit == "1":
+        steps = dict(re.findall(r"^#(\d+) \[.*\] (RUN .*)$", built.stderr, re.MULTILINE))
+        cached = re.findall(r"^#(\d+) CACHED$", built.stderr, re.MULTILINE)
+        again = [command for step, command in steps.items() if step not in cached]
+    else:
+        again = re.findall(r"^Step \S+ : (RUN .*)\n(?! ---> Using cache)", built.stdout, re.MULTILINE)
+    assert len(again) == 1
+    assert again[0].startswith("RUN chmod")
 
 
-def test_an_edit_of_one_line_of_code_builds_no_dependency_again(folder, base_image):
-    sample = copy_sample(folder / f"edit-{base_image}".replace(":", "-"))
-    build(sample, f"{NAME}-test:edit", base_image)
-    for edited in "lambda_function.py", f"{NAME}/extension.py":
-        with open(sample / edited, "a") as file:
-            file.write("# one more line\n")
-        command = ["docker", "build", "--build-arg", f"BASE_IMAGE={base_image}", sample]
-        again = run(*command)
-        assert again.returncode == 0
-        assert "pip3 install" in again.stdout + again.stderr
-        assert "Collecting" not in again.stdout + again.stderr
-        assert "apt-get update" in again.stdout + again.stderr
-        assert "Get:1" not in again.stdout + again.stderr
+def test_the_classic_builder_skips_the_emulator_for_aws(sample, base_image):
+    built = docker_with("0", "build", "--target", "lambda", "--build-arg", f"BASE_IMAGE={base_image}", sample)
+    assert built.returncode == 0, built.stderr
+    assert "RUN pip3 install" in built.stdout
+    assert "requirements-rie" not in built.stdout

@@ -8,13 +8,13 @@ import threading
 import time
 
 import pytest
-from conftest import HELLO, NAME, copy_sample, free_port, run, running, wait_until
 from extensions_api_server import SHUTDOWN, ExtensionsApiServer, invoke
+from helpers import HELLO, NAME, RECEIVED, copy_sample, free_port, run, running, wait_until
 from started_extension import end_of, replace_process, started
-from test_readme import section
+from test_docs import code_blocks
 
 THEIRS = "my-extension"
-(BATCHING,) = re.findall(r"^```python\n(.*?)^```", section("Make it your own"), re.MULTILINE | re.DOTALL)
+(BATCHING,) = code_blocks("README.md", "Make it your own", "python")
 
 
 def test_renamed_files_and_one_line_make_it_another_extension(way, folder):
@@ -29,8 +29,8 @@ def test_renamed_files_and_one_line_make_it_another_extension(way, folder):
 
     extension = copy / THEIRS / "extension.py"
     source = extension.read_text()
-    assert source.count("Received event") == 1
-    extension.write_text(source.replace("Received event", "My own code got"))
+    assert source.count(RECEIVED) == 1
+    extension.write_text(source.replace(RECEIVED, "My own code got"))
 
     with running(copy, option, script=f"{THEIRS}.sh", **environment) as started:
         assert json.loads(started.invoke()) == HELLO
@@ -48,7 +48,7 @@ def test_the_layer_of_a_renamed_extension_has_its_name(folder):
     copy = copy_sample(folder / "renamed layer")
     for path in NAME, f"extensions/{NAME}":
         (copy / path).rename(copy / path.replace(NAME, THEIRS))
-    made = run(copy / "layer.sh")
+    made = run(copy / "scripts" / "build-layer")
     assert made.stdout == f"layer.zip: /opt/extensions/{THEIRS} and /opt/{THEIRS}\n", made.stderr
 
 
@@ -144,7 +144,7 @@ def test_a_batch_that_is_refused_twice_is_lost(batching, collector):
     assert ids(collector.batches) == [*map(str, range(100, 300)), None]
 
 
-def test_a_collector_that_is_not_there_does_not_end_the_extension(batching):
+def test_an_unreachable_collector_does_not_end_the_extension(batching):
     numbers, reasons = zip(*send(batching, free_port(), 1000), strict=True)
     assert numbers == ("100", *["200"] * 9, "101")
     assert all("Connection refused" in reason for reason in reasons)

@@ -1,4 +1,4 @@
-"""scripts/run_without_docker.py: what it installs, how it isolates a run, and that it keeps private what is private."""
+"""scripts/run_without_docker.py: what it installs, and how it isolates a run."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import HELLO, NAME, copy_sample, free_port, run, running
+from helpers import HELLO, NAME, copy_sample, free_port, run, running
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
 
@@ -70,7 +70,7 @@ def test_the_function_has_the_handler_and_the_folders_that_the_dockerfile_names(
     assert answer(copy) == "good morning"
 
 
-def test_another_name_is_another_installation(copy):
+def test_another_name_gets_its_own_installation(copy):
     for path in f"extensions/{NAME}", f"{NAME}.sh", NAME:
         (copy / path).rename(copy / path.replace(NAME, "renamed"))
     with running(copy, "--no-docker", script="renamed.sh") as started:
@@ -78,6 +78,7 @@ def test_another_name_is_another_installation(copy):
         assert json.loads(started.invoke()) == HELLO
 
 
+@pytest.mark.slow
 def test_settings_of_pip_that_choose_another_place_or_kind_do_not_matter(folder, tmp_path):
     (tmp_path / "pip.conf").write_text("[install]\nuser = true\n[global]\nrequire-virtualenv = true\n")
     settings = {"PREFIX": str(tmp_path / "prefix"), "TARGET": str(tmp_path / "target"), "USER": "1"}
@@ -90,7 +91,8 @@ def test_settings_of_pip_that_choose_another_place_or_kind_do_not_matter(folder,
     assert [path.name for path in tmp_path.iterdir()] == ["pip.conf"]
 
 
-def test_a_wheel_that_is_not_the_pinned_one_is_one_line_that_says_how_to_renew_the_pins(folder):
+@pytest.mark.slow
+def test_a_wheel_with_another_hash_fails_with_one_line_that_names_update_pins(folder):
     copy = copy_sample(folder / "another wheel")
     lock_file = copy / NAME / "requirements.txt"
     lock_file.write_text(re.sub("sha256:....", "sha256:0000", lock_file.read_text()))
@@ -108,7 +110,7 @@ def test_a_checkout_in_opt_works(installed_sample):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not listen on port 1")
-def test_a_port_that_it_may_not_listen_on_is_one_line(sample):
+def test_a_privileged_port_fails_with_one_line(sample):
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
         pytest.skip("every user may listen on every port of this machine")
     environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin"}

@@ -4,13 +4,14 @@ import os
 import re
 
 import pytest
-from conftest import ROOT, run, tool
+from helpers import ROOT, run, tool
 
 SAM = "requirements-rie.txt", ".ci/requirements.txt"
-FOLDERS = "*.sh", "extensions/*", ".ci/*", "scripts/*", "tests/**/*.sh"
+FOLDERS = "*.sh", "extensions/*", ".ci/*", "scripts/*", "*/*.sh"
 SCRIPTS = [path for pattern in FOLDERS for path in sorted(ROOT.glob(pattern)) if path.suffix in ("", ".sh")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -38,16 +39,16 @@ def test_no_file_has_windows_line_endings():
     assert not [name for name in tracked if (ROOT / name).is_file() and b"\r\n" in (ROOT / name).read_bytes()]
 
 
-def test_each_pinned_dependency_has_its_hashes():
-    patterns = "requirements*.in", "*/requirements.in", "tests/*/requirements.in"
+def test_each_pin_has_its_hashes():
+    patterns = "requirements*.in", "*/requirements*.in", ".ci/requirements.in"
     lock_files = [source.with_suffix(".txt") for pattern in patterns for source in ROOT.glob(pattern)]
-    assert len(lock_files) == 6
+    assert len(lock_files) == 8
     for lock_file in lock_files:
         pins = re.sub(r"^ *#.*\n|\\\n", "", lock_file.read_text(), flags=re.MULTILINE).splitlines()
         assert pins
         assert all(re.fullmatch(r"\S[^=]*==\S+( ;.*?)?( +--hash=sha256:[0-9a-f]{64})+", pin) for pin in pins)
 
 
-def test_the_sam_cli_is_of_the_release_that_the_emulator_comes_from():
+def test_the_sam_cli_and_the_emulator_are_of_one_release():
     releases = {re.search(r"^aws-sam-cli==(\S+)", (ROOT / file).read_text(), re.MULTILINE).group(1) for file in SAM}
     assert len(releases) == 1

@@ -1,4 +1,4 @@
-"""What the extension withstands: every row of that table in the README is a test here."""
+"""What the extension does when something goes wrong: each row of docs/failure-handling.md is a test here."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NAME, ROOT, free_port, run, wait_until
 from extensions_api_server import (
     IDENTIFIER,
     REGISTERED,
@@ -24,6 +23,7 @@ from extensions_api_server import (
     invoke,
     reset,
 )
+from helpers import NAME, ROOT, free_port, run, wait_until
 from started_extension import PYTHON, end_of, replace_process, started
 
 HANG = []  # never answers
@@ -79,7 +79,7 @@ extension.main()
 
 
 def works(extension, **environment):
-    """Whether the extension processes an event and ends well; returns the API that it spoke with."""
+    """Asserts that the extension processes an event and exits with 0; returns its API."""
     with ExtensionsApiServer([invoke("one"), SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, api, **environment)
     assert (status, stderr) == (0, "")
@@ -88,7 +88,7 @@ def works(extension, **environment):
 
 
 def fails(extension, api, *words, **environment):
-    """Whether the extension ends with exit status 1 and one line on the error output, with these words in it."""
+    """Asserts that the extension exits with 1 and one line on standard error, with these words in it."""
     status, _, stderr = end_of(extension, api, **environment)
     assert status == 1
     assert re.fullmatch(rf"\[{NAME}\] .*\n", stderr), stderr
@@ -197,13 +197,13 @@ def test_registration_refused_without_an_explanation(extension):
         fails(extension, api, "/2020-01-01/extension/register", " 503 ", "busy")
 
 
-def test_registration_answered_without_an_identifier(extension):
+def test_a_registration_response_without_an_identifier(extension):
     with ExtensionsApiServer(register=[answer()]) as api:
         fails(extension, api, "Lambda-Extension-Identifier")
         assert len(api.requests) == 1
 
 
-def test_registration_answered_with_something_that_is_not_http(extension):
+def test_a_registration_response_that_is_not_http(extension):
     with ExtensionsApiServer(register=[b"220 mail.example.com ESMTP\r\n"]) as api:
         fails(extension, api, "/2020-01-01/extension/register", "220 mail.example.com ESMTP")
 
@@ -214,7 +214,7 @@ def test_registration_redirected(extension):
         assert len(api.requests) == 1
 
 
-def test_nobody_listening(extension):
+def test_connection_refused(extension):
     port = free_port()
     fails(extension, f"127.0.0.1:{port}", f"http://127.0.0.1:{port}/", "Connection refused")
 
@@ -264,7 +264,7 @@ def test_an_event_that_is_not_json(extension, body):
 
 
 @pytest.mark.parametrize("body", [None, 5, "INVOKE", [], [{"eventType": "INVOKE"}], {}, {"eventType": None}])
-def test_json_that_is_no_event(extension, body):
+def test_json_that_is_not_an_event(extension, body):
     with ExtensionsApiServer([answer(body=body)]) as api:
         fails(extension, api, "/extension/event/next", "not an event", json.dumps(body))
         reports(api)
@@ -281,7 +281,7 @@ def test_an_event_that_is_not_http(extension, raw):
         reports(api)
 
 
-def test_an_event_type_from_the_future(extension):
+def test_an_unknown_event_type(extension):
     with ExtensionsApiServer([answer(body={"eventType": "HIBERNATE"}), invoke("after"), SHUTDOWN]) as api:
         status, stdout, _ = end_of(extension, api)
     assert status == 0
@@ -327,7 +327,7 @@ def test_an_event_of_a_megabyte_with_non_ascii_text(extension):
 # --- Reports of errors ---
 
 
-def test_an_error_before_the_first_event_is_an_init_error(extension, tmp_path):
+def test_an_error_before_the_first_event(extension, tmp_path):
     bare = tmp_path / NAME
     bare.mkdir()
     for source in (ROOT / NAME).glob("*.py"):
@@ -340,7 +340,7 @@ def test_an_error_before_the_first_event_is_an_init_error(extension, tmp_path):
 
 
 @pytest.mark.parametrize("report", [error(500, "Any"), reset, None, b"no HTTP", HANG], ids=str)
-def test_a_report_of_an_error_that_fails_hides_nothing(extension, report):
+def test_an_error_report_that_fails(extension, report):
     with ExtensionsApiServer([error(403, "Extension.SomeReason", "not today")], report=report) as api:
         if report is HANG:
             api.answers["error"] = HANG
@@ -348,7 +348,7 @@ def test_a_report_of_an_error_that_fails_hides_nothing(extension, report):
         assert len(api.asked("exit/error")) == 1
 
 
-def test_a_bug_in_process_is_reported_and_shown_once_with_its_traceback(changed):
+def test_a_bug_in_process(changed):
     buggy = changed("secret = event['no such key']")
     with ExtensionsApiServer([invoke("one"), SHUTDOWN], report=REPORTED) as api:
         status, _, stderr = end_of(buggy, api)
@@ -424,7 +424,7 @@ def test_a_signal_while_waiting(extension, signum):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_process_finish_the_event(changed, signum):
+def test_a_signal_while_process_runs(changed, signum):
     slow = changed("import time\nlog('begun')\ntime.sleep(1)\nlog('finished')")
     with ExtensionsApiServer([invoke("one"), invoke("two")]) as api, started(slow, api) as it:
         wait_until(lambda: "begun" in it.stdout)
@@ -435,7 +435,7 @@ def test_a_signal_lets_process_finish_the_event(changed, signum):
         assert len(api.asked("event/next")) == 1
 
 
-def test_a_signal_drops_the_event_when_process_takes_longer_than_a_shutdown(changed):
+def test_a_signal_when_process_takes_longer_than_a_shutdown(changed):
     slow = changed("import time\nlog('begun')\ntime.sleep(60)\nlog('finished')")
     with ExtensionsApiServer([invoke("one")]) as api, started(slow, api) as it:
         wait_until(lambda: "begun" in it.stdout)
@@ -460,7 +460,7 @@ def test_a_signal_at_any_moment(extension):
     assert asked == 3
 
 
-def test_a_thread_that_is_not_a_daemon_when_a_signal_comes(changed):
+def test_a_signal_while_a_non_daemon_thread_runs(changed):
     threads = changed("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\nlog('begun')")
     with ExtensionsApiServer([invoke("one"), *HANG, lambda _: None]) as api, started(threads, api) as it:
         wait_until(lambda: len(api.asked("event/next")) == 2)
@@ -468,6 +468,7 @@ def test_a_thread_that_is_not_a_daemon_when_a_signal_comes(changed):
         assert it.process.wait(3) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory and descriptors are read from /proc")
 def test_a_hundred_thousand_events(extension):
     def rss(process):
@@ -490,6 +491,7 @@ def test_a_hundred_thousand_events(extension):
     assert late_descriptors == early_descriptors
 
 
+@pytest.mark.slow
 def test_minutes_without_an_answer(patient):
     start, api, it = patient
     time.sleep(max(0, 121 - (time.monotonic() - start)))

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NAME = next(ROOT.glob("*/extension.py")).parent.name
 HERE = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -42,7 +42,7 @@ FIGURES = {
 
 
 def progress(text):
-    """Shows what is going on, on a line of its own that the next one replaces."""
+    """Shows the progress on a line that the next one replaces."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text:
@@ -101,7 +101,7 @@ def stage(folder, source):
 
 @contextlib.contextmanager
 def emulator(folder):
-    """Runs the emulator on a staged folder and gives its port, that of its Extensions API, and its log file."""
+    """Runs the emulator on a staged folder; yields its port, the port of its Extensions API, and its log file."""
     port, api_port = free_port(), free_port()
     with tempfile.NamedTemporaryFile() as log:
         mount = 'mount -t overlay -o lowerdir="$0/opt":/opt overlay /opt && cd "$0/task" && exec "$@"'
@@ -127,7 +127,7 @@ def emulator(folder):
 
 
 def extension_process(api_port):
-    """The process of the extension that speaks with that API, as its folder in /proc."""
+    """The extension that uses that API, as its folder in /proc."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             at_api = f"AWS_LAMBDA_RUNTIME_API=127.0.0.1:{api_port}" in (process / "environ").read_text().split("\0")
@@ -157,7 +157,7 @@ def client(port):
 
 
 def measure(folder, invocations):
-    """One run of a contender in an environment of its own: its figures by name."""
+    """Runs a contender once in its own environment; returns its figures by name."""
     with emulator(folder) as (port, api_port, log):
         call = client(port)
         figures = {"first invoke": call() * 1e3}
@@ -208,7 +208,7 @@ def benchmark(rounds, invocations):
 
 
 def ratio(results, figure, contender):
-    """A contender's figure as a part of the unpooled one's, or None."""
+    """A contender's figure relative to the unpooled one's, or None."""
     values = {name: figures.get(figure, (None,))[0] for name, figures in results.items()}
     if values[contender] is None or contender == "no extension":
         return None
@@ -217,7 +217,7 @@ def ratio(results, figure, contender):
 
 
 def growth(events):
-    """Whether this extension gets slower with events or payloads; beside it, in turn, runs an environment without one.
+    """Measures whether this extension slows down with events or payloads, in turn with an environment without one.
 
     Returns what it adds to a warm invoke, in ms, around event 1,000 and at the end, and the CPU time per event, in µs,
     by payload. The extension never sees the payload, but it costs more CPU time after a pause, and invocations with a
@@ -314,7 +314,7 @@ def table(results):
 
 
 def chart(results, path):
-    """Draws the figures, each as a part of the unpooled extension's, into an image file."""
+    """Draws the figures, relative to the unpooled extension, into an image file."""
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.hashsalt": NAME, "svg.fonttype": "none"}
@@ -340,7 +340,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="runs of each contender, taken in turn (default: 9)")
     parser.add_argument("--invocations", type=int, default=1000, help="warm invocations in a run (default: 1000)")
-    parser.add_argument("--growth", type=int, metavar="EVENTS", help="also run this extension for so many events")
+    parser.add_argument("--growth", type=int, metavar="EVENTS", help="also run this extension for this many events")
     parser.add_argument("--image", metavar="BASE_IMAGE", help="also build the image on that base and measure it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw the results, as .svg or .png")
@@ -354,7 +354,7 @@ def main():
     results = benchmark(options.rounds, options.invocations)
     print(f"Median of {options.rounds} runs of {options.invocations} invocations each [lowest–highest] (× unpooled)\n")
     print(table(results))
-    print("\n¹ the ratio is that of what the extension adds to the invocation without one")
+    print("\n¹ ratio of the time added to an invocation")
     everything = {"extensions": results}
     if options.growth:
         everything["growth"] = growth(options.growth)

@@ -1,0 +1,70 @@
+"""examples/amqp_invoke.py, with a real RabbitMQ."""
+
+import threading
+import uuid
+
+import pika
+import pytest
+from helpers import NAME, amqp_invoke, connect, free_port
+
+
+@pytest.fixture
+def queue(rabbitmq):
+    """The name of a queue that answers, and the messages sent to it, as (properties, body)."""
+    name, messages = f"function-{uuid.uuid4()}", []
+
+    def serve():
+        with connect(rabbitmq) as connection:
+            channel = connection.channel()
+            channel.queue_declare(name, auto_delete=True)
+            ready.set()
+            for method, properties, body in channel.consume(name, auto_ack=True, inactivity_timeout=0.1):
+                if stop.is_set():
+                    break
+                if method:
+                    messages.append((properties, body))
+                    if body != b'"keep quiet"':
+                        other = pika.BasicProperties(correlation_id="of another invocation")
+                        same = pika.BasicProperties(correlation_id=properties.correlation_id)
+                        channel.basic_publish("", properties.reply_to, b"wrong", other)
+                        channel.basic_publish("", properties.reply_to, b"answer to " + body, same)
+
+    ready, stop = threading.Event(), threading.Event()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    ready.wait(10)
+    yield name, messages
+    stop.set()
+    thread.join()
+
+
+def test_the_client_prints_its_own_answer(rabbitmq, queue):
+    name, messages = queue
+    ran = amqp_invoke(rabbitmq, name, '{"key": "value"}')
+    assert (ran.returncode, ran.stdout) == (0, 'answer to {"key": "value"}\n')
+    ((properties, _),) = messages
+    assert properties.content_type == "application/json"
+    assert properties.reply_to
+
+
+def test_the_client_accepts_options_between_its_arguments(rabbitmq, queue):
+    ran = amqp_invoke(rabbitmq, queue[0], "--timeout", "5", "[1]")
+    assert (ran.returncode, ran.stdout) == (0, "answer to [1]\n")
+
+
+def test_the_client_says_when_no_answer_comes_in_time(rabbitmq, queue):
+    ran = amqp_invoke(rabbitmq, queue[0], '"keep quiet"', "--timeout", "0.5")
+    assert (ran.returncode, ran.stderr) == (1, f"no answer from {queue[0]} within 0.5 s\n")
+
+
+def test_the_client_says_when_nothing_serves_the_function(rabbitmq):
+    ran = amqp_invoke(rabbitmq, "no-such-function")
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert "nothing serves the function no-such-function" in ran.stderr
+
+
+def test_the_client_says_when_there_is_no_broker():
+    ran = amqp_invoke(free_port(), NAME)
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert ran.stderr.startswith("no RabbitMQ at localhost:")
+    assert "secret" not in ran.stderr

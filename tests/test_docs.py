@@ -1,0 +1,97 @@
+"""The README and the pages behind it keep what they promise."""
+
+import json
+import re
+
+import pytest
+from helpers import NAME, ROOT, run
+
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+
+
+def section(page, title):
+    """The text below a heading of a page, down to the next one."""
+    return re.search(rf"^##+ {title}\n(.*?)(?=^##+ |\Z)", PAGES[page], re.MULTILINE | re.DOTALL).group(1)
+
+
+def code_blocks(page, title, language="sh"):
+    return re.findall(rf"^```{language}\n(.*?)^```", section(page, title), re.MULTILINE | re.DOTALL)
+
+
+def rows(text):
+    """The rows of the tables in a text, without their headings, as lists of cells."""
+    lines = re.findall(r"(?m)^\|(.+)\|$(?!\n\|---)", text)
+    return [[cell.strip() for cell in line.split("|")] for line in lines if not line.startswith("---")]
+
+
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", PAGES[page], re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_and_anchor_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!https://)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), link
+
+
+def test_every_page_and_every_example_is_linked():
+    links = {link for page in PAGES.values() for link in re.findall(r"\]\((?:\.\./)?([^)#]+)", page)}
+    examples = {f"examples/{path.name}" for path in (ROOT / "examples").iterdir()}
+    assert {*PAGES, *examples} - {"README.md"} <= links
+
+
+def test_every_row_of_the_failures_is_a_test_of_that_name_and_the_other_way_round():
+    situations = [row[0] for row in rows(PAGES["docs/failure-handling.md"])]
+    tests = re.findall(r"^def test_(\w+)", (ROOT / "tests" / "test_failure_handling.py").read_text(), re.MULTILINE)
+    assert [re.sub(r"\W+", "_", situation.lower()).strip("_") for situation in situations] == tests
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmark():
+    measured = {name: figures for name, *figures in rows(PAGES["docs/cost.md"])}
+
+    def figure(name, column):
+        return float(measured[name][column].split()[0].replace(",", ""))
+
+    none, unpooled, this = 0, 1, 3
+    expected = []
+    for name, added in [
+        ("TCP connections per 1,000 events", False),
+        ("warm invoke, ms ¹", True),
+        ("CPU per event, µs", False),
+        ("init, ms", False),
+    ]:
+        base = figure(name, none) if added else 0
+        expected.append([round(figure(name, column) - base, 2) for column in (unpooled, this)])
+    (*_, (init, *_)) = table = rows(PAGES["README.md"])[1:5]
+    assert [[float(cell.replace(",", "")) for cell in row[1:]] for row in table] == expected
+    assert f"({figure('init, ms', none):.0f} without an extension)" in init
+
+
+def test_the_options_are_those_of_the_script():
+    usage = run(ROOT / f"{NAME}.sh", "--help").stdout.splitlines()[0]
+    assert f"    ./{usage.removeprefix('usage: ').removeprefix(f'{ROOT}/')}\n" in PAGES["docs/running-locally.md"]
+
+
+def test_every_variable_of_the_script_is_in_a_table_and_the_other_way_round():
+    read = set(re.findall(r"\b((?:AWS_LAMBDA|LAMBDA|AMQP|BASE|MAX)_\w+)", (ROOT / f"{NAME}.sh").read_text()))
+    tables = [*rows(PAGES["docs/running-locally.md"]), *rows(PAGES["docs/daemon-and-amqp.md"])]
+    told = {name for row in tables for name in re.findall(r"^`([A-Z_]+)`(?:, `([A-Z_]+)`)?", row[0]) for name in name}
+    assert told - {""} == read - {"AWS_LAMBDA_FUNCTION_NAME"}
+
+
+def test_the_default_broker_is_that_of_the_script():
+    (default,) = re.findall(r"`amqp://MACHINE(:\S+)`", PAGES["docs/daemon-and-amqp.md"])
+    assert default in (ROOT / f"{NAME}.sh").read_text()
+    for example in "compose.yaml", "kubernetes.yaml":
+        assert f"amqp://rabbitmq{default}\n" in (ROOT / "examples" / example).read_text()
+
+
+def test_the_answer_in_the_readme_is_the_functions_own():
+    (answer,) = code_blocks("README.md", "Invoke it", "json")
+    function = "import json, lambda_function; print(json.dumps(lambda_function.lambda_handler({}, None)))"
+    assert json.loads(answer) == json.loads(run("python3", "-c", function, cwd=ROOT).stdout)

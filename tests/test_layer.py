@@ -1,0 +1,90 @@
+"""scripts/build-layer: the extension as a Lambda layer."""
+
+import calendar
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import (
+    HELLO,
+    NAME,
+    ROOT,
+    Running,
+    free_port,
+    run,
+    wait_until,
+)
+
+
+@pytest.fixture(scope="module")
+def layer(sample, folder):
+    """The layer, made in one time zone and unpacked in another, with the modes and times that the zip has."""
+    target = folder / "layer"
+    made = run(sample / "scripts" / "build-layer", env=os.environ | {"TZ": "JST-9"})
+    assert made.returncode == 0, made.stderr
+    with zipfile.ZipFile(sample / "layer.zip") as archive:
+        for entry in archive.infolist():
+            path = Path(archive.extract(entry, target))
+            path.chmod(stat.S_IMODE(entry.external_attr >> 16))
+            os.utime(path, (calendar.timegm(entry.date_time),) * 2)
+    (sample / "layer.zip").unlink()
+    return target
+
+
+def test_the_layer_holds_the_extension_and_its_launcher(layer):
+    assert sorted(path.name for path in layer.iterdir()) == ["extensions", NAME]
+    assert [path.name for path in (layer / "extensions").iterdir()] == [NAME]
+    assert os.access(layer / "extensions" / NAME, os.X_OK)
+    assert (layer / NAME / "requests" / "__init__.py").exists()
+
+
+def test_the_layer_contains_bytecode_that_ignores_file_times(layer):
+    sources = list(layer.rglob("*.py"))
+    assert len(sources) > 50
+    for source in sources:
+        header = Path(importlib.util.cache_from_source(source)).read_bytes()[:16]
+        unchecked = (0b01).to_bytes(4, "little")
+        assert header == importlib.util.MAGIC_NUMBER + unchecked + importlib.util.source_hash(source.read_bytes())
+
+
+def test_the_layer_takes_pure_wheels_although_the_lock_file_offers_compiled_ones(layer):
+    assert list(layer.rglob("charset_normalizer/*.py"))
+    assert not [*layer.rglob("*.so"), *layer.rglob("*.pyd")]
+    assert re.search(
+        r"^charset-normalizer==.*(\n +--hash=.*){3}", (ROOT / NAME / "requirements.txt").read_text(), re.MULTILINE
+    )
+
+
+def test_the_layer_runs_at_opt_beside_a_function_that_is_not_in_its_image(layer, installed_sample, tmp_path):
+    for options in [], ["--map-root-user"]:
+        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", *options, "sh", "-c"]
+        mount = 'mount -t overlay -o "lowerdir=$0:/opt" overlay /opt'
+        if run(*isolated, mount, "layer", cwd=layer.parent).returncode == 0:
+            break
+    else:
+        pytest.skip("no mount namespaces for this user on this machine")
+    installed = next(installed_sample.glob(f".run/{NAME}-*"))
+    task = shutil.copytree(installed / "var" / "task", tmp_path / "task")
+    shutil.copy(ROOT / "lambda_function.py", task)
+    port, log = free_port(), tmp_path / "log"
+    command = [*isolated, f'{mount} && cd "{task}" && exec "$@"', "layer", installed / "aws-lambda-rie"]
+    command += ["--runtime-interface-emulator-address", f"127.0.0.1:{port}"]
+    command += ["--runtime-api-address", f"127.0.0.1:{free_port()}"]
+    command += ["python3", "-m", "awslambdaric", "lambda_function.lambda_handler"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=layer.parent, stdout=output, stderr=output)
+    try:
+        started = Running(process, log, port)
+        wait_until(lambda: "exec 'python3'" in started.output)
+        with started.receives():
+            assert json.loads(started.invoke()) == HELLO
+    finally:
+        process.kill()
+        process.wait()
