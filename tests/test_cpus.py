@@ -18,7 +18,7 @@ from helpers import (
     run,
 )
 
-ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", BASE_IMAGES[0])
+ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
 ON_ARM64 = "--platform", "linux/arm64"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import uuid
 
 import pytest
 from helpers import HELLO, NAME, RECEIVED, build, container, copy_sample, docker_with, run, running, wait_until
@@ -106,7 +107,7 @@ def test_an_edit_of_one_line_of_code_builds_no_dependency_again(folder, base_ima
     for edited in None, "lambda_function.py", f"{NAME}/extension.py":
         if edited:
             with open(sample / edited, "a") as file:
-                file.write("# one more line\n")
+                file.write(f"# {uuid.uuid4()}\n")  # unknown to the cache, also when the test runs again
         options = ["--progress", "plain"] if buildkit == "1" else []
         built = docker_with(buildkit, "build", *options, "--build-arg", f"BASE_IMAGE={base_image}", sample)
         assert built.returncode == 0, built.stderr
