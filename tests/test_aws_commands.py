@@ -53,7 +53,7 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def aws_shell(tmp_path):
-    """Runs a code block of the docs with the real AWS CLI, a server for its requests and a docker that only takes notes."""
+    """Runs a code block of the docs with the real AWS CLI, a server to ask, and a docker that takes notes."""
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, script in {
