@@ -37,8 +37,9 @@ def rabbitmq_image(engine, tmp_path):
         yield
         return
     install = "apt-get update && apt-get install -y --no-install-recommends rabbitmq-server"
-    server = '["/usr/lib/rabbitmq/bin/rabbitmq-server"]'
-    (tmp_path / "Dockerfile").write_text(f"FROM {first_base_image()}\nRUN {install}\nENTRYPOINT {server}\n")
+    # One user, so that server and diagnostics share a cookie, as in the image of that name.
+    server = 'USER rabbitmq\nENV HOME=/var/lib/rabbitmq\nENTRYPOINT ["/usr/lib/rabbitmq/bin/rabbitmq-server"]'
+    (tmp_path / "Dockerfile").write_text(f"FROM {first_base_image()}\nRUN {install}\n{server}\n")
     built = run("docker", "build", "--tag", RABBITMQ, tmp_path)
     assert built.returncode == 0, built.stderr
     yield
