@@ -88,11 +88,25 @@ def test_a_hundred_invocations_in_a_row_are_answered_and_logged(sample_run):
     assert sample_run.output.count("Registered with ID") == 1
 
 
+def processes_of(sample_run):
+    """The command lines of the run's own processes."""
+    columns = "-eo", "pid,ppid,args"
+    filters = "--filter", f"publish={sample_run.port}"
+    container = run("docker", "ps", "-q", *filters).stdout.strip() if shutil.which("docker") else ""
+    listed = run("docker", "top", container, *columns) if container else run("ps", *columns)
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()[1:]]
+    own = {pid for pid, _, _ in rows} if container else {str(sample_run.process.pid)}
+    while more := {pid for pid, parent, _ in rows if parent in own} - own:
+        own |= more
+    return [command for pid, _, command in rows if pid in own]
+
+
 def test_one_process_is_the_extension_and_its_launcher_is_gone(sample_run):
+    if not shutil.which("ps"):
+        missing("no ps on this machine")
     sample_run.invoke()
-    processes = run("ps", "-eo", "args").stdout if shutil.which("ps") else missing("no ps on this machine")
-    assert re.search(rf"^\S*python3 -\S.* /opt/{NAME}/extension.py$", processes, re.MULTILINE)
-    assert "/opt/extensions/" not in processes
+    (extension,) = [command for command in processes_of(sample_run) if NAME in command and "/opt/" in command]
+    assert re.fullmatch(rf"\S*python3 -\S.* /opt/{NAME}/extension.py", extension)
 
 
 def test_a_payload_of_five_megabytes_goes_through(misbehaving_run):
