@@ -1,11 +1,13 @@
 """examples/amqp_invoke.py, with a real RabbitMQ."""
 
 import threading
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pika
 import pytest
-from helpers import NAME, amqp_invoke, connect, free_port
+from helpers import NAME, amqp_invoke, connect, free_port, wait_until
 
 
 @pytest.fixture
@@ -44,7 +46,11 @@ def test_the_client_prints_its_own_answer(rabbitmq, queue):
     assert (ran.returncode, ran.stdout) == (0, 'answer to {"key": "value"}\n')
     ((properties, _),) = messages
     assert properties.content_type == "application/json"
-    assert properties.reply_to
+    assert properties.expiration == "30000"
+
+
+def test_the_default_event_is_an_empty_object(rabbitmq, queue):
+    assert amqp_invoke(rabbitmq, queue[0]).stdout == "answer to {}\n"
 
 
 def test_the_client_accepts_options_between_its_arguments(rabbitmq, queue):
@@ -55,6 +61,30 @@ def test_the_client_accepts_options_between_its_arguments(rabbitmq, queue):
 def test_the_client_says_when_no_answer_comes_in_time(rabbitmq, queue):
     ran = amqp_invoke(rabbitmq, queue[0], '"keep quiet"', "--timeout", "0.5")
     assert (ran.returncode, ran.stderr) == (1, f"no answer from {queue[0]} within 0.5 s\n")
+    ((properties, _),) = queue[1]
+    assert properties.expiration == "500"
+
+
+def test_answers_to_others_do_not_extend_the_wait(rabbitmq, queue):
+    with ThreadPoolExecutor() as pool, connect(rabbitmq) as connection:
+        client = pool.submit(amqp_invoke, rabbitmq, queue[0], '"keep quiet"', "--timeout", "1")
+        ((request, _),) = wait_until(lambda: queue[1])
+        channel, other = connection.channel(), pika.BasicProperties(correlation_id="of another invocation")
+        deadline = time.monotonic() + 10
+        while not client.done():
+            assert time.monotonic() < deadline
+            channel.basic_publish("", request.reply_to, b"wrong", other)
+            time.sleep(0.1)
+    assert client.result().returncode == 1
+
+
+def test_nobody_else_can_read_the_answers(rabbitmq, queue):
+    with ThreadPoolExecutor() as pool, connect(rabbitmq) as connection:
+        client = pool.submit(amqp_invoke, rabbitmq, queue[0], '"keep quiet"', "--timeout", "1")
+        ((request, _),) = wait_until(lambda: queue[1])
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="RESOURCE_LOCKED"):
+            connection.channel().basic_get(request.reply_to)
+        client.result()
 
 
 def test_the_client_says_when_nothing_serves_the_function(rabbitmq):

@@ -84,6 +84,13 @@ def test_every_variable_of_the_script_is_in_a_table_and_the_other_way_round():
     assert told - {""} == read - {"AWS_LAMBDA_FUNCTION_NAME"}
 
 
+def test_the_aws_cli_deploys_the_function_of_the_template():
+    template = (ROOT / "template.yaml").read_text()
+    timeout, memory = re.search(r"--timeout (\d+) --memory-size (\d+)", PAGES["docs/deploying.md"]).groups()
+    assert f" Timeout: {timeout}\n" in template
+    assert f" MemorySize: {memory}\n" in template
+
+
 def test_the_default_broker_is_that_of_the_script():
     (default,) = re.findall(r"`amqp://MACHINE(:\S+)`", PAGES["docs/daemon-and-amqp.md"])
     assert default in (ROOT / f"{NAME}.sh").read_text()

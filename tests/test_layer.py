@@ -26,9 +26,12 @@ from helpers import (
 @pytest.fixture(scope="module")
 def layer(sample, folder):
     """The layer, made in one time zone and unpacked in another, with the modes and times that the zip has."""
-    target = folder / "layer"
-    made = run(sample / "scripts" / "build-layer", env=os.environ | {"TZ": "JST-9"})
+    target, temporary = folder / "layer", folder / "layer's temporary files"
+    temporary.mkdir()
+    environment = os.environ | {"TZ": "JST-9", "TMPDIR": str(temporary)}
+    made = run(sample / "scripts" / "build-layer", env=environment, umask=0o077)
     assert made.returncode == 0, made.stderr
+    assert not list(temporary.iterdir())
     with zipfile.ZipFile(sample / "layer.zip") as archive:
         for entry in archive.infolist():
             path = Path(archive.extract(entry, target))
@@ -43,6 +46,12 @@ def test_the_layer_holds_the_extension_and_its_launcher(layer):
     assert [path.name for path in (layer / "extensions").iterdir()] == [NAME]
     assert os.access(layer / "extensions" / NAME, os.X_OK)
     assert (layer / NAME / "requests" / "__init__.py").exists()
+
+
+def test_any_user_can_read_the_layer(layer):
+    for path in layer.rglob("*"):
+        needed = 0o555 if path.is_dir() or path.parent.name == "extensions" else 0o444
+        assert path.stat().st_mode & needed == needed
 
 
 def test_the_layer_contains_bytecode_that_ignores_file_times(layer):
