@@ -86,6 +86,31 @@ def free_port():
             return port
 
 
+def processes_of(sample):
+    """The command lines of the processes that run in, or from, that copy of the sample."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = process.joinpath("cmdline").read_text().replace("\0", " ").strip()
+            folder = os.readlink(process / "cwd")
+        except OSError:
+            continue
+        if str(sample) in command + folder:
+            found.append(command)
+    return found
+
+
+def rows(text):
+    """The rows of the tables in a text, without their headings, as lists of cells."""
+    lines = re.findall(r"(?m)^\|(.+)\|$(?!\n\|---)", text)
+    return [[cell.strip() for cell in line.split("|")] for line in lines if not line.startswith("---")]
+
+
+def first_number(cell):
+    """The number with which a cell of the benchmark's table starts."""
+    return float(cell.split()[0].replace(",", ""))
+
+
 def copy_sample(folder):
     """Copies the sample, with its uncommitted changes, as git would check it out."""
     ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
@@ -158,6 +183,11 @@ class Running:
         """Waits for the ready line, which a first run takes a while to print."""
         wait_until(lambda: "ready;" in self.output or self.process.poll() is not None, 300)
         assert self.process.poll() is None, self.output
+
+    @property
+    def container(self):
+        """The ID of the container, or an empty string without one."""
+        return run("docker", "ps", "-q", "--filter", f"publish={self.port}").stdout.strip()
 
     @property
     def received(self):

@@ -46,6 +46,7 @@ def test_the_client_prints_its_own_answer(rabbitmq, queue):
     assert (ran.returncode, ran.stdout) == (0, 'answer to {"key": "value"}\n')
     ((properties, _),) = messages
     assert properties.content_type == "application/json"
+    assert properties.reply_to
     assert properties.expiration == "30000"
 
 
@@ -65,10 +66,18 @@ def test_the_client_says_when_no_answer_comes_in_time(rabbitmq, queue):
     assert properties.expiration == "500"
 
 
-def test_answers_to_others_do_not_extend_the_wait(rabbitmq, queue):
-    with ThreadPoolExecutor() as pool, connect(rabbitmq) as connection:
+@pytest.fixture
+def waiting_client(rabbitmq, queue):
+    """A client that waits in vain for a second: the future of its end, and the properties of its request."""
+    with ThreadPoolExecutor() as pool:
         client = pool.submit(amqp_invoke, rabbitmq, queue[0], '"keep quiet"', "--timeout", "1")
         ((request, _),) = wait_until(lambda: queue[1])
+        yield client, request
+
+
+def test_answers_to_others_do_not_extend_the_wait(rabbitmq, waiting_client):
+    client, request = waiting_client
+    with connect(rabbitmq) as connection:
         channel, other = connection.channel(), pika.BasicProperties(correlation_id="of another invocation")
         deadline = time.monotonic() + 10
         while not client.done():
@@ -78,13 +87,11 @@ def test_answers_to_others_do_not_extend_the_wait(rabbitmq, queue):
     assert client.result().returncode == 1
 
 
-def test_nobody_else_can_read_the_answers(rabbitmq, queue):
-    with ThreadPoolExecutor() as pool, connect(rabbitmq) as connection:
-        client = pool.submit(amqp_invoke, rabbitmq, queue[0], '"keep quiet"', "--timeout", "1")
-        ((request, _),) = wait_until(lambda: queue[1])
-        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="RESOURCE_LOCKED"):
-            connection.channel().basic_get(request.reply_to)
-        client.result()
+def test_nobody_else_can_read_the_answers(rabbitmq, waiting_client):
+    _, request = waiting_client
+    locked = pytest.raises(pika.exceptions.ChannelClosedByBroker, match="RESOURCE_LOCKED")
+    with connect(rabbitmq) as connection, locked:
+        connection.channel().basic_get(request.reply_to)
 
 
 def test_the_client_says_when_nothing_serves_the_function(rabbitmq):

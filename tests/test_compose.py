@@ -31,7 +31,13 @@ def compose():
 
 
 @pytest.fixture
-def rabbitmq_image(engine, tmp_path):
+def daemon():
+    """The path of the Daemon; asked for first, so that a test without one makes no image."""
+    return real_daemon()
+
+
+@pytest.fixture
+def rabbitmq_image(daemon, engine, tmp_path):
     """The image of RabbitMQ that the example names, or, where it cannot be pulled, one with the distribution's."""
     if run("docker", "image", "inspect", RABBITMQ).returncode == 0 or run("docker", "pull", RABBITMQ).returncode == 0:
         yield
@@ -46,9 +52,9 @@ def rabbitmq_image(engine, tmp_path):
     run("docker", "rmi", RABBITMQ)
 
 
-def test_one_command_starts_broker_daemon_and_function(rabbitmq_image):
+def test_one_command_starts_broker_daemon_and_function(daemon, rabbitmq_image):
     environment = os.environ | {
-        "LAMBDA_RUNTIME_API_DAEMON": real_daemon(),
+        "LAMBDA_RUNTIME_API_DAEMON": daemon,
         "AMQP_PASSWORD": AMQP_PASSWORD,
         "BASE_IMAGE": first_base_image(),
         "COMPOSE_PROJECT_NAME": f"{NAME}-test",

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from helpers import NAME, ROOT, run
+from helpers import NAME, ROOT, first_number, rows, run
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 
@@ -16,12 +16,6 @@ def section(page, title):
 
 def code_blocks(page, title, language="sh"):
     return re.findall(rf"^```{language}\n(.*?)^```", section(page, title), re.MULTILINE | re.DOTALL)
-
-
-def rows(text):
-    """The rows of the tables in a text, without their headings, as lists of cells."""
-    lines = re.findall(r"(?m)^\|(.+)\|$(?!\n\|---)", text)
-    return [[cell.strip() for cell in line.split("|")] for line in lines if not line.startswith("---")]
 
 
 def anchors(page):
@@ -55,7 +49,7 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
     measured = {name: figures for name, *figures in rows(PAGES["docs/cost.md"])}
 
     def figure(name, column):
-        return float(measured[name][column].split()[0].replace(",", ""))
+        return first_number(measured[name][column])
 
     none, unpooled, this = 0, 1, 3
     expected = []
@@ -68,7 +62,7 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
         base = figure(name, none) if added else 0
         expected.append([round(figure(name, column) - base, 2) for column in (unpooled, this)])
     (*_, (init, *_)) = table = rows(PAGES["README.md"])[:4]
-    assert [[float(cell.replace(",", "")) for cell in row[1:]] for row in table] == expected
+    assert [[first_number(cell) for cell in row[1:]] for row in table] == expected
     assert f"({figure('init, ms', none):.0f} without an extension)" in init
 
 

@@ -27,7 +27,6 @@ from helpers import NAME, ROOT, free_port, run, wait_until
 from started_extension import PYTHON, end_of, replace_process, started
 
 HANG = []  # never answers
-HOW_IT_FAILS = "refused", "reset", "closed", "not HTTP", "no answer"
 # Runs the extension, and from its first event to its third, at every line that Python executes,
 # sends SIGTERM to a fork.
 AT_ANY_MOMENT = """
@@ -346,7 +345,11 @@ def test_an_error_before_the_first_event(extension, tmp_path):
     assert stderr.endswith("ModuleNotFoundError: No module named 'requests'\n")
 
 
-@pytest.mark.parametrize("report", [error(500, "Any"), reset, None, b"no HTTP", HANG], ids=HOW_IT_FAILS)
+@pytest.mark.parametrize(
+    "report",
+    [error(500, "Any"), reset, None, b"no HTTP", HANG],
+    ids=["refused", "reset", "closed", "not HTTP", "no answer"],
+)
 def test_an_error_report_that_fails(extension, report):
     with ExtensionsApiServer([error(403, "Extension.SomeReason", "not today")], report=report) as api:
         if report is HANG:

@@ -23,6 +23,7 @@ from helpers import (
     first_base_image,
     free_port,
     need_namespaces,
+    processes_of,
     run,
     running,
     wait_until,
@@ -60,19 +61,6 @@ def one_line(ran):
     line = ran.stderr.splitlines()[-1]
     assert line.startswith(f"{NAME}: "), ran.stderr
     return line
-
-
-def processes_of(sample):
-    """The processes that run in, or from, that copy of the sample."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            traces = process.joinpath("cmdline").read_text() + os.readlink(process / "cwd")
-        except OSError:
-            continue
-        if str(sample) in traces:
-            found.append(traces)
-    return found
 
 
 def tree(folder):
@@ -186,7 +174,7 @@ def test_docker_never_falls_back_without_base_image(sample, engine):
 
 def test_with_an_engine_and_a_base_image_it_runs_in_docker(sample, engine):
     with running(sample, BASE_IMAGE=first_base_image()) as started:
-        assert run("docker", "ps", "-q", "--filter", f"publish={started.port}").stdout
+        assert started.container
         assert json.loads(started.invoke()) == HELLO
 
 
@@ -266,7 +254,7 @@ def test_the_container_is_confined_as_lambda_confines_a_function(sample, engine)
     environment = {"BASE_IMAGE": first_base_image(), "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "200"}
     with running(sample, "--docker", **environment) as started:
         assert json.loads(started.invoke()) == HELLO
-        container = run("docker", "ps", "-q", "--filter", f"publish={started.port}").stdout.strip()
+        container = started.container
         (inspected,) = json.loads(run("docker", "inspect", container).stdout)
         assert run("docker", "exec", container, "sh", "-c", "cp /bin/true /tmp && /tmp/true").returncode == 0
         assert run("docker", "exec", container, "sh", "-c", "touch /var/task/file").returncode != 0

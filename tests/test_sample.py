@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from helpers import (
     copy_misbehaving_sample,
     first_base_image,
     missing,
+    processes_of,
     run,
     running,
     tool,
@@ -88,24 +88,14 @@ def test_a_hundred_invocations_in_a_row_are_answered_and_logged(sample_run):
     assert sample_run.output.count("Registered with ID") == 1
 
 
-def processes_of(sample_run):
-    """The command lines of the run's own processes."""
-    columns = "-eo", "pid,ppid,args"
-    filters = "--filter", f"publish={sample_run.port}"
-    container = run("docker", "ps", "-q", *filters).stdout.strip() if shutil.which("docker") else ""
-    listed = run("docker", "top", container, *columns) if container else run("ps", *columns)
-    rows = [line.split(None, 2) for line in listed.stdout.splitlines()[1:]]
-    own = {pid for pid, _, _ in rows} if container else {str(sample_run.process.pid)}
-    while more := {pid for pid, parent, _ in rows if parent in own} - own:
-        own |= more
-    return [command for pid, _, command in rows if pid in own]
-
-
-def test_one_process_is_the_extension_and_its_launcher_is_gone(sample_run):
-    if not shutil.which("ps"):
-        missing("no ps on this machine")
+def test_one_process_is_the_extension_and_its_launcher_is_gone(way, sample, sample_run):
     sample_run.invoke()
-    (extension,) = [command for command in processes_of(sample_run) if NAME in command and "/opt/" in command]
+    if way[0] == "--docker":
+        processes = run("docker", "top", sample_run.container, "-eo", "pid,args").stdout.splitlines()
+        commands = [line.split(None, 1)[1] for line in processes]
+    else:
+        commands = processes_of(sample)
+    (extension,) = [command for command in commands if re.search(rf" /opt/(extensions/)?{NAME}", command)]
     assert re.fullmatch(rf"\S*python3 -\S.* /opt/{NAME}/extension.py", extension)
 
 
@@ -181,7 +171,7 @@ def test_four_invocations_run_at_the_same_time_on_managed_instances(way, misbeha
 
 def test_docker_stop_ends_it_within_two_seconds(sample, engine):
     with running(sample, "--docker", BASE_IMAGE=first_base_image()) as started:
-        container = run("docker", "ps", "-q", "--filter", f"publish={started.port}").stdout.strip()
+        container = started.container
         started.invoke()
         start = time.monotonic()
         subprocess.run(["docker", "stop", container], check=True, stdout=subprocess.DEVNULL)

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from helpers import ROOT, run
 
+pytestmark = pytest.mark.slow
 VENV = "bash", "-c", ". tests/venv.sh; venv requirements.txt .venv/environment"
 
 
