@@ -10,7 +10,7 @@ usage: $0 [--docker | --no-docker] [-p [ADDRESS:]PORT] [-e NAME[=VALUE]]...
   --docker      build the image and run it
   --no-docker   run on this Linux machine; requires Python 3.10 or newer, with pip
   -p            listen on this port and IPv4 address (default: 127.0.0.1:8080)
-  -e            set a variable of the function, or pass one through from this shell; may be repeated
+  -e            set a variable for the function and the extension, or pass one through from this shell; may be repeated
 
 Without --docker or --no-docker: uses Docker if available; otherwise runs on this machine and says why.
 See docs/running-locally.md for the environment variables.
@@ -95,7 +95,7 @@ docker_obstacle() {
 if [ "$way" != --no-docker ]; then
     obstacle=$(docker_obstacle)
     if [ -n "$obstacle" ]; then
-        [ -z "$way" ] || fail "$obstacle, or try --no-docker"
+        [ -z "$way" ] || fail "$obstacle; on Linux, --no-docker runs without it"
         say "running without Docker, on this machine: $obstacle"
         way=--no-docker
     fi
@@ -107,7 +107,7 @@ if [ "$way" = --no-docker ]; then
 fi
 ! (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null || fail "port $port is in use on $address; choose another with -p"
 
-# --- The environment of the function: empty variables count as unset -------------------------------------------------------
+# --- The environment of the function and the extension -------------------------------------------------------------------
 
 environment=("AWS_LAMBDA_FUNCTION_NAME=$name" "AWS_LAMBDA_FUNCTION_MEMORY_SIZE=$AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
     ${AWS_LAMBDA_FUNCTION_TIMEOUT:+"AWS_LAMBDA_FUNCTION_TIMEOUT=$AWS_LAMBDA_FUNCTION_TIMEOUT"}
@@ -152,7 +152,8 @@ job='' container='' files=''
 start_in_docker() {
     local variable
     files=$(mktemp -d)
-    # In a file, because everyone can read command lines. Such a file cannot hold a value of several lines.
+    # Not on the command line, which everyone can read: in a file, or, with a value of several lines, which a file cannot
+    # hold, in the environment.
     for variable in "${environment[@]}"; do
         if [[ $variable = *$'\n'* ]]; then
             export "${variable?}"
@@ -165,7 +166,7 @@ start_in_docker() {
     job=$!
     wait "$job" || fail "the image cannot be built"
     container=$name-$$
-    set -m # in its own process group, out of reach of Ctrl-C, it prints all that the container does
+    set -m # in its own process group: Ctrl-C does not reach it, so it prints the container's output to the end
     # As on Lambda: an unprivileged user, no capabilities, 512 MB of /tmp in a read-only file system, 1,024 processes.
     docker run --rm --name "$container" --publish "$address:$port:8080" --env-file "$files/environment" \
         --security-opt no-new-privileges --read-only --tmpfs /tmp:exec,size=512m --pids-limit 1024 \
@@ -211,9 +212,10 @@ until (answers) 2>/dev/null; do
 done
 ! kill -0 "$job" 2>/dev/null || say "ready; Ctrl-C ends it. Try:
     curl -XPOST http://$address:$port/2015-03-31/functions/$function/invocations$headers -d '{\"key\": \"value\"}'"
-status=0
+status=0 hint=''
 wait "$job" || status=$?
+[ "$status" != 2 ] || [ -n "$daemon" ] || hint=". It runs one invocation at a time"
 # Without Docker the job has said why it ended.
 [ "$way" = --no-docker ] || [ "$status" = 0 ] ||
-    say "the container exited with status $status; see its output above. The emulator runs one invocation at a time"
+    say "the container exited with status $status; see its output above$hint"
 [ "$status" = 0 ] || exit 1

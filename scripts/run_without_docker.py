@@ -3,7 +3,7 @@
     python3 -E scripts/run_without_docker.py ADDRESS PORT [DAEMON] <VARIABLES
 
 The run script calls it. DAEMON replaces AWS's emulator. VARIABLES are those of the function and the extension, as
-NAME=VALUE, each ended by a NUL: unlike a command line, nobody else can read them. SIGTERM ends the run.
+NAME=VALUE, each ended by a NUL. Nobody else can read them here, as they could on a command line. SIGTERM ends the run.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / ".run"  # all that is ever written, ignored by git
+RUNS = ROOT / ".run"  # ignored by git; all that a run writes, but for links in /opt where namespaces are refused
 NAME = next(ROOT.glob("*/extension.py")).parent.name
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 CPUS = {"x86_64": "x86_64", "aarch64": "arm64"}  # the names that the emulator's files have
@@ -105,7 +105,7 @@ def pip_install(target, lock_file, *options):
         "CERTIFICATE_VERIFY_FAILED": "pip does not trust the certificate of its package index; set PIP_CERT",
         "connection broken": "pip cannot reach its package index; is there a network?",
         "No space left on device": "No space left on device",
-        "HASHES": "a wheel is not the one that was pinned; renew the pins with scripts/update-pins",
+        "HASHES": "a wheel does not match its pinned hash; check your package index, or proxy",
     }
     reason = next((reason for sign, reason in reasons.items() if sign in pip.stderr), None)
     if reason is None:
@@ -254,7 +254,9 @@ def main():
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
     if status:
-        fail(f"the emulator exited with status {status}; see its output above. It runs one invocation at a time")
+        program = "the Daemon" if daemon else "the emulator"
+        hint = ". It runs one invocation at a time" if status == 2 and not daemon else ""
+        fail(f"{program} exited with status {status}; see its output above{hint}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The running sample, with and without Docker: every way to invoke it, and what a function can do to it."""
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -13,8 +15,11 @@ from helpers import (
     CREDENTIALS,
     HELLO,
     NAME,
+    RECEIVED,
     copy_misbehaving_sample,
+    copy_sample,
     first_base_image,
+    free_port,
     missing,
     processes_of,
     run,
@@ -167,6 +172,46 @@ def test_four_invocations_run_at_the_same_time_on_managed_instances(way, misbeha
         assert "-H 'Content-Type: application/json'" in started.output
         assert '"INVOKE"' not in started.output
         assert '"eventType": "SHUTDOWN"' in started.output
+
+
+def test_the_run_says_why_the_emulator_crashes_on_a_second_invocation_at_a_time(way, misbehaving_sample):
+    option, environment = way
+    with running(misbehaving_sample, option, **environment) as started, ThreadPoolExecutor() as pool:
+        pool.submit(started.invoke, b'{"sleep": 5}')
+        wait_until(lambda: started.received)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            started.invoke()
+        assert started.process.wait(20) == 1
+        assert started.output.splitlines()[-1].endswith(
+            "with status 2; see its output above. It runs one invocation at a time"
+        )
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "answer"),
+    [
+        ("raise ValueError", 502, json.dumps(HELLO).encode()),
+        ("signal.pause()", 200, b"Task timed out after 1.00 seconds"),
+    ],
+    ids=["exits", "hangs"],
+)
+def test_an_extension_that_fails_fails_its_invocation_and_is_started_again(way, folder, failure, status, answer):
+    option, environment = way
+    copy = copy_sample(folder / f"fails once{option} {status}")
+    failed = f"/tmp/{NAME}-{free_port()}"  # in the container's /tmp, or this machine's
+    once = f"if not os.path.exists({failed!r}):\n        os.mkdir({failed!r})\n        {failure}\n    log("
+    extension = copy / NAME / "extension.py"
+    extension.write_text(extension.read_text().replace(f'log(f"{RECEIVED}', f'{once}f"{RECEIVED}'))
+    try:
+        with running(copy, option, AWS_LAMBDA_FUNCTION_TIMEOUT="1", **environment) as started:
+            url = f"{started.endpoint}/2015-03-31/functions/function/invocations"
+            invoked = run("curl", "-sS", "-w", " %{http_code}", "-d", "{}", url)
+            assert invoked.stdout.encode() == answer + f" {status}".encode()
+            assert json.loads(started.invoke()) == HELLO
+            assert started.output.count("Registered with ID") == 2
+    finally:
+        if os.path.exists(failed):
+            os.rmdir(failed)
 
 
 def test_docker_stop_ends_it_within_two_seconds(sample, engine):
