@@ -38,7 +38,7 @@ def main():
     def stop(signum, frame):
         nonlocal stopping
         if stopping or not busy:
-            os._exit(status)  # SystemExit would be lost in a finalizer
+            os._exit(status)  # sys.exit() has no effect in a finalizer
         stopping = True
         signal.setitimer(signal.ITIMER_REAL, SHUTDOWN_SECONDS)
 
@@ -58,7 +58,7 @@ def main():
             if stopping:
                 break
     except Exception as error:
-        busy, status = True, 1
+        busy, status = True, 1  # a signal now must not end it before the error is shown
         if isinstance(error, ExtensionsApiError):
             log(error, sys.stderr)
         else:

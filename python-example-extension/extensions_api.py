@@ -30,7 +30,7 @@ class ExtensionsApiError(Exception):
 
 
 class ExtensionsApi:
-    """One extension's connection to Lambda. Every failure raises ExtensionsApiError."""
+    """One extension's connection to Lambda. register() and events() raise ExtensionsApiError when they fail."""
 
     def __init__(self, name):
         self.name = name  # str: the file's name in /opt/extensions
@@ -82,7 +82,10 @@ class ExtensionsApi:
                 return
 
     def report(self, error):
-        """Reports the exception that ends this extension ("Init error" or "Exit error"), if Lambda takes the report."""
+        """Reports the exception that ends this extension ("Init error" or "Exit error").
+
+        Does nothing before registration, and ignores a report that fails.
+        """
         if not self.identifier:
             return
         import traceback
