@@ -26,6 +26,12 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
         "AttachRolePolicy": "<R></R>",
         "CreateRepository": {"repository": {}},
         "GetAuthorizationToken": {"authorizationData": [{"authorizationToken": "QVdTOnBhc3N3b3Jk"}]},
+        f"PUT /2015-03-31/functions/{NAME}/code": {},
+        f"DELETE /2015-03-31/functions/{NAME}": "",
+        "DeleteRepository": {},
+        "DetachRolePolicy": "<R></R>",
+        "DeleteRole": "<R></R>",
+        "DeleteLogGroup": {},
         "POST /2015-03-31/functions": {"FunctionName": NAME, "State": "Pending"},
         f"GET /2015-03-31/functions/{NAME}": {"Configuration": {"State": "Active"}},
         f"POST /2015-03-31/functions/{NAME}/invocations": HELLO,
@@ -45,7 +51,7 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write((answer if isinstance(answer, str) else json.dumps(answer)).encode())
 
-    do_GET = do_PUT = do_POST
+    do_GET = do_PUT = do_DELETE = do_POST
 
     def log_message(self, *_):
         pass
@@ -102,6 +108,17 @@ def test_the_commands_create_and_invoke_the_function(aws_shell, sample):
     assert json.dumps(HELLO) in stdout
     assert asked["FilterLogEvents"]["logGroupName"] == f"/aws/lambda/{NAME}"
     assert f"[{NAME}] {RECEIVED}" in stdout
+
+
+def test_the_commands_update_the_function_and_remove_all_that_was_created(aws_shell, sample):
+    asked, _, _ = aws_shell("".join(code_blocks("docs/deploying.md", "With the AWS CLI")), sample)
+    updated = asked[f"PUT /2015-03-31/functions/{NAME}/code"]
+    assert updated["ImageUri"] == asked["POST /2015-03-31/functions"]["Code"]["ImageUri"]
+    assert f"DELETE /2015-03-31/functions/{NAME}" in asked
+    assert asked["DeleteRepository"] == {"repositoryName": NAME, "force": True}
+    assert asked["DetachRolePolicy"]["PolicyArn"] == asked["AttachRolePolicy"]["PolicyArn"]
+    assert asked["DeleteRole"]["RoleName"] == asked["CreateRole"]["RoleName"]
+    assert asked["DeleteLogGroup"]["logGroupName"] == asked["FilterLogEvents"]["logGroupName"]
 
 
 def test_the_commands_publish_and_add_the_layer(aws_shell, sample):

@@ -24,12 +24,20 @@ from helpers import (
     tool,
     wait_until,
 )
+from test_docs import code_blocks
 
 pytestmark = pytest.mark.slow
 
 
-def test_cfn_lint_finds_nothing_in_the_template():
-    linted = run(tool("cfn-lint"), ROOT / "template.yaml")
+@pytest.mark.parametrize(
+    "variables", ["", *code_blocks("docs/deploying.md", "With AWS SAM", "yaml")], ids=["", "variables"]
+)
+def test_cfn_lint_finds_nothing_in_the_template(variables, tmp_path):
+    template = (ROOT / "template.yaml").read_text()
+    properties = "    Properties:\n"
+    assert template.count(properties) == 1
+    (tmp_path / "template.yaml").write_text(template.replace(properties, properties + variables))
+    linted = run(tool("cfn-lint"), tmp_path / "template.yaml")
     assert linted.returncode == 0, linted.stdout
 
 
