@@ -1,10 +1,12 @@
 """The fixtures that more than one file of tests uses."""
 
+import collections
 import contextlib
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from helpers import (
     BASE_IMAGES,
     NAME,
     ROOT,
+    TEST_IMAGE,
     available,
     build,
     connect,
@@ -32,6 +35,7 @@ from helpers import (
     wait_until,
 )
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would ignore it, and what they start
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs every attempt to connect
 
 
@@ -40,16 +44,18 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = [item for item in items if item.get_closest_marker("slow") and not config.getoption("--all")]
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
-    config.left_out = len(left_out)
+    slow = pytest.mark.skip(reason="take long or need heavy tools: ./tests/run.sh --all runs them")
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            item.add_marker(slow)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if config.left_out:
-        how = "./tests/run.sh --all runs them, too"
-        terminalreporter.write_line(f"Left out: {config.left_out} tests that take long or need heavy tools; {how}")
+def pytest_terminal_summary(terminalreporter):
+    """Says in one line which tests were skipped."""
+    skipped = terminalreporter.getreports("skipped")
+    reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.write_line("Skipped: " + "; ".join(f"{count} ({why})" for why, count in reasons.most_common()))
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +81,12 @@ def installed_sample(sample):
     return sample
 
 
+@pytest.fixture
+def copy(folder, sample):
+    """A copy of the sample for a test to change, after its first run if there was one."""
+    return copy_sample(Path(tempfile.mkdtemp(dir=folder)) / "copy", sample)
+
+
 @pytest.fixture(scope="session")
 def extension(folder):
     """The extension with its dependencies, in a folder of its name."""
@@ -93,9 +105,7 @@ def engine():
     if run(tool("docker"), "version").returncode != 0:
         missing("no Docker engine on this machine")
     yield
-    images = run(
-        "docker", "images", "--filter", f"reference={NAME}-test", "--format", "{{.Repository}}:{{.Tag}}"
-    ).stdout
+    images = run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}", TEST_IMAGE).stdout
     if images:
         run("docker", "image", "rm", "--force", *images.split())
 
@@ -109,7 +119,7 @@ def base_image(request, engine):
 @pytest.fixture(scope="session")
 def image(sample, base_image):
     """The image, built on that base, as a tag."""
-    return build(sample, f"{NAME}-test:{base_image.replace(':', '-').replace('/', '-')}", base_image)
+    return build(sample, f"{TEST_IMAGE}:{base_image.replace(':', '-').replace('/', '-')}", base_image)
 
 
 @pytest.fixture(scope="session", params=["no-docker", "docker"])
@@ -120,6 +130,7 @@ def way(request):
         return "--docker", {"BASE_IMAGE": first_base_image()}
     if sys.platform != "linux":
         pytest.skip("running without Docker needs Linux")
+    request.getfixturevalue("installed_sample")
     return "--no-docker", {}
 
 
@@ -129,6 +140,14 @@ def sample_run(way, sample):
     option, environment = way
     with running(sample, option, **environment) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def stand_in(folder):
+    """The path of a stand-in for the Daemon that any user may start."""
+    path = Path(shutil.copy(ROOT / "tests" / "stand_in_daemon.py", folder / "stand-in daemon"))
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

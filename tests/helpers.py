@@ -31,6 +31,8 @@ RECEIVED = "Received event"  # what process(event) logs
 DEFAULT_BASE_IMAGE = re.search(r"^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)
 # On CI more than one, such as "debian:bookworm debian:trixie".
 BASE_IMAGES = os.environ.get("BASE_IMAGES", os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)).split()
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+TEST_IMAGE = f"{NAME}-test-{WORKER}"  # the name of the images that this worker of pytest-xdist builds
 # The AWS CLI and the SDKs require these even for localhost.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
 AMQP_USERNAME, AMQP_PASSWORD = "lambda", "secret word"  # of a user that RabbitMQ accepts from anywhere
@@ -79,11 +81,18 @@ def wait_until(condition, seconds=20):
 
 
 def free_port():
-    """A free port that no outgoing connection of this machine will take before it is used: below the ephemeral ones."""
+    """A free port that no outgoing connection takes before it is used, nor another worker."""
     while True:
-        port = random.randrange(10_000, 30_000)
+        port = 10_000 + 10 * random.randrange(2_000) + int(WORKER[2:])  # below the ephemeral ones
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+def listens(port):
+    """Returns whether something listens on that port of this machine."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def processes_of(sample):
@@ -111,15 +120,25 @@ def first_number(cell):
     return float(cell.split()[0].replace(",", ""))
 
 
-def copy_sample(folder):
-    """Copies the sample, with its uncommitted changes, as git would check it out."""
-    ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
-    return Path(shutil.copytree(ROOT, folder, ignore=ignore))
+def copy_sample(folder, sample=ROOT):
+    """Copies the sample as git would check it out, with its uncommitted changes; a copy keeps what a run installed."""
+    run_folder = [".run"] if sample == ROOT else []
+    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.pyc", *run_folder)
+    return Path(shutil.copytree(sample, folder, ignore=ignore, symlinks=True))
 
 
-def copy_misbehaving_sample(folder):
+def rename(sample, name):
+    """Renames a copy as the README says."""
+    for path in NAME, f"extensions/{NAME}", f"{NAME}.sh":
+        (sample / path).rename(sample / path.replace(NAME, name))
+    dockerfile = (sample / "Dockerfile").read_text().splitlines()
+    dockerfile[2] = dockerfile[2].replace(NAME, name)  # the third line, and no other
+    (sample / "Dockerfile").write_text("\n".join([*dockerfile, ""]))
+
+
+def copy_misbehaving_sample(folder, sample):
     """Copies the sample with a function that does to its environment what the event says."""
-    copy = copy_sample(folder)
+    copy = copy_sample(folder, sample)
     shutil.copy(ROOT / "tests" / "misbehaving_function.py", copy / "lambda_function.py")
     return copy
 
@@ -147,13 +166,13 @@ def build(sample, tag, base_image, *options, **environment):
 class Running:
     """The sample while it runs: where it listens, and what it has printed so far."""
 
-    def __init__(self, process, log, port, host="127.0.0.1"):
-        self.process, self.log, self.port = process, log, port
+    def __init__(self, process, logs, port, host="127.0.0.1"):
+        self.process, self.logs, self.port = process, logs, port
         self.endpoint = f"http://{host}:{port}"
 
     @property
     def output(self):
-        return self.log.read_text()
+        return "".join(log.read_text() for log in self.logs)
 
     def invoke(self, payload=b"{}", function="function", timeout=30, **headers):
         """Posts the payload (bytes) to the function and returns the body of the answer (bytes)."""
@@ -181,7 +200,7 @@ class Running:
 
     def wait_until_ready(self):
         """Waits for the ready line, which a first run takes a while to print."""
-        wait_until(lambda: "ready;" in self.output or self.process.poll() is not None, 300)
+        wait_until(lambda: "ready;" in self.output or self.process.poll() is not None, 600)
         assert self.process.poll() is None, self.output
 
     @property
@@ -209,7 +228,7 @@ class Running:
             os.killpg(self.process.pid, signum)
         else:
             self.process.send_signal(signum)
-        return self.process.wait(20), time.monotonic() - start
+        return self.process.wait(60), time.monotonic() - start
 
 
 @contextlib.contextmanager
@@ -220,7 +239,8 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
     port = free_port()
     environment = os.environ | environment
     publish = str(port) if host == "127.0.0.1" else f"{host}:{port}"
-    with tempfile.NamedTemporaryFile(prefix="log-") as log:
+    # Two files, because Docker mixes lines of standard output and error.
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
         process = subprocess.Popen(
             [sample / script, "-p", publish, *arguments],
             cwd="/",
@@ -229,11 +249,11 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
             group=user,
             extra_groups=None if user is None else [],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            stdout=stdout,
+            stderr=stderr,
             start_new_session=True,
         )
-        sample_run = Running(process, Path(log.name), port, host)
+        sample_run = Running(process, [Path(stdout.name), Path(stderr.name)], port, host)
         try:
             if wait:
                 sample_run.wait_until_ready()
@@ -242,6 +262,15 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
             if process.poll() is None:
                 sample_run.stop()
             sys.stdout.write(sample_run.output)
+
+
+def run_elsewhere(sample, what, value, **environment):
+    """Runs the sample without Docker where Python's platform.WHAT() returns that value; returns as run() does."""
+    path = str(sample / "scripts" / "run_without_docker.py")
+    program = (
+        f"import platform, runpy; platform.{what} = lambda: {value!r}; runpy.run_path({path!r}, run_name='__main__')"
+    )
+    return run("python3", "-c", program, "127.0.0.1", str(free_port()), input="", env=os.environ | environment)
 
 
 def docker_with(buildkit, *arguments, **options):

@@ -50,7 +50,7 @@ def started(extension, api, prefix=(), **environment):
 def end_of(extension, api, prefix=(), **environment):
     """Runs the extension to its end and returns exit status, output and error output."""
     with started(extension, api, prefix, **environment) as it:
-        return it.process.wait(30), it.stdout, it.stderr
+        return it.process.wait(60), it.stdout, it.stderr
 
 
 def replace_process(extension, source, folder):

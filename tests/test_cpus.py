@@ -9,13 +9,14 @@ from helpers import (
     HELLO,
     NAME,
     RECEIVED,
+    TEST_IMAGE,
     available,
     container,
     docker_with,
     first_base_image,
-    free_port,
     missing,
     run,
+    run_elsewhere,
 )
 
 ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
@@ -34,7 +35,7 @@ def arm64_base_image(engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("buildkit", ["0", "1"], ids=["classic builder", "BuildKit"])
 def test_the_image_builds_and_runs_on_arm64(sample, arm64_base_image, buildkit):
-    tag = f"{NAME}-test:arm64-{buildkit}"
+    tag = f"{TEST_IMAGE}:arm64-{buildkit}"
     options = "--tag", tag, *ON_ARM64, "--build-arg", f"BASE_IMAGE={arm64_base_image}"
     built = docker_with(buildkit, "build", *options, sample)
     assert built.returncode == 0, built.stderr
@@ -52,7 +53,7 @@ def test_the_build_fails_with_one_line_on_an_unknown_cpu(folder, engine, sample)
     (base / "Dockerfile").write_text(
         f"FROM {first_base_image()}\nCOPY uname /usr/local/bin/\nRUN chmod 755 /usr/local/bin/uname\n"
     )
-    tag = f"{NAME}-test:riscv64"
+    tag = f"{TEST_IMAGE}:riscv64"
     assert run("docker", "build", "--tag", tag, base).returncode == 0
     built = run("docker", "build", "--build-arg", f"BASE_IMAGE={tag}", sample)
     assert built.returncode != 0
@@ -61,7 +62,5 @@ def test_the_build_fails_with_one_line_on_an_unknown_cpu(folder, engine, sample)
 
 
 def test_without_docker_an_unknown_cpu_fails_with_one_line(sample):
-    program = "import platform, runpy; platform.machine = lambda: 'riscv64'; runpy.run_path({!r}, run_name='__main__')"
-    program = program.format(str(sample / "scripts" / "run_without_docker.py"))
-    ran = run("python3", "-c", program, "127.0.0.1", str(free_port()), input="")
+    ran = run_elsewhere(sample, "machine", "riscv64")
     assert (ran.returncode, ran.stderr) == (1, f"{NAME}: there is no emulator for the CPU riscv64\n")

@@ -34,34 +34,7 @@ from helpers import (
     wait_until,
 )
 
-TIMEOUT = 2
-STAND_IN = """#!/usr/bin/env python3
-import http.server, json, os, socket, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        try:
-            broker = socket.gethostbyname("host.docker.internal")
-        except OSError:
-            broker = None
-        told = {"environ": dict(os.environ), "argv": sys.argv, "broker": broker}
-        self.wfile.write(json.dumps(told).encode())
-    do_POST = do_GET
-    def log_message(self, *args):
-        pass
-address = os.environ.get("INVOKE_API_HOST", "0.0.0.0"), int(os.environ.get("PORT", 8080))
-http.server.HTTPServer(address, Handler).serve_forever()
-"""
-
-
-@pytest.fixture(scope="module")
-def stand_in(folder):
-    """A stand-in for the Daemon that answers with its environment and arguments."""
-    path = folder / "stand-in daemon"
-    path.write_text(STAND_IN)
-    path.chmod(0o755)
-    return str(path)
+TIMEOUT = 4
 
 
 @contextlib.contextmanager
@@ -79,7 +52,7 @@ def with_daemon(way, sample, daemon, *arguments, **environment):
 def test_a_daemon_that_cannot_run_fails_with_one_line(sample, tmp_path, problem):
     daemon = tmp_path / "daemon"
     if problem == "is not executable":
-        daemon.write_text(STAND_IN)
+        daemon.write_text("not executable")
     for path in [daemon] if problem == "is not executable" else [daemon, tmp_path]:
         environment = os.environ | {"LAMBDA_RUNTIME_API_DAEMON": str(path)}
         ran = run(sample / f"{NAME}.sh", env=environment)
@@ -156,8 +129,8 @@ def broker(daemon, rabbitmq):
 
 
 @pytest.fixture(scope="module")
-def misbehaving_copy(folder):
-    return copy_misbehaving_sample(folder / "misbehaving with the daemon")
+def misbehaving_copy(folder, sample):
+    return copy_misbehaving_sample(folder / "misbehaving with the daemon", sample)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +184,7 @@ def test_the_daemon_answers_errors_and_continues(invoke):
 
 
 def test_the_daemon_answers_a_timeout_and_continues(invoke):
-    assert f"Task timed out after {TIMEOUT}.00 seconds" in invoke(b'{"sleep": 3}')["errorMessage"]
+    assert f"Task timed out after {TIMEOUT}.00 seconds" in invoke(b'{"sleep": 10}')["errorMessage"]
     wait_until(lambda: invoke(b'{"still": "here"}') == {"still": "here"})
 
 
@@ -239,14 +212,14 @@ def test_the_daemon_listens_on_loopback_only(daemon_run):
 def test_the_daemon_runs_up_to_max_concurrency_invocations_at_once(way, daemon, broker, misbehaving_copy):
     settings = broker(way) | {"MAX_CONCURRENCY": "4", "AWS_LAMBDA_FUNCTION_TIMEOUT": "30"}
     with with_daemon(way, misbehaving_copy, daemon, **settings) as started:
-        threads = [threading.Thread(target=started.invoke, args=(b'{"sleep": 2}', NAME)) for _ in range(4)]
+        threads = [threading.Thread(target=started.invoke, args=(b'{"sleep": 4}', NAME)) for _ in range(4)]
         start = time.monotonic()
         for thread in threads:
             thread.start()
             time.sleep(0.2)  # of invocations that arrive within a millisecond it may start a runtime for one only
         for thread in threads:
             thread.join()
-        assert time.monotonic() - start < 6  # one after the other they would take eight seconds
+        assert time.monotonic() - start < 12  # one after the other they would take sixteen seconds
         assert started.stop()[0] == 0
 
 

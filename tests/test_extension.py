@@ -1,12 +1,15 @@
 """The extension as a process, with an Extensions API that the test controls."""
 
 import json
+import os
 import re
 import sys
+from pathlib import Path
 
+import pytest
 from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, invoke
 from helpers import NAME, RECEIVED, run, wait_until
-from started_extension import end_of, started
+from started_extension import end_of, replace_process, started
 
 
 def test_registers_for_invoke_and_shutdown_under_the_name_of_its_folder(extension):
@@ -41,6 +44,14 @@ def test_logs_an_event_before_it_asks_for_the_next_one(extension):
         assert '"requestId": "one"' in it.stdout
 
 
+def test_logs_any_text_from_process(extension, tmp_path):
+    logging = replace_process(extension, r"def process(event):" "\n" r"    log('half a character: \ud83e')", tmp_path)
+    with ExtensionsApiServer([SHUTDOWN]) as api:
+        status, stdout, stderr = end_of(logging, api)
+    assert (status, stderr) == (0, "")
+    assert f"[{NAME}] half a character: \\ud83e\n" in stdout
+
+
 def test_logs_the_shutdown_event_with_its_reason_and_exits_0(extension):
     with ExtensionsApiServer([SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, api)
@@ -48,6 +59,31 @@ def test_logs_the_shutdown_event_with_its_reason_and_exits_0(extension):
     assert status == 0
     assert '"shutdownReason": "spindown"' in stdout
     assert stderr == ""
+
+
+def test_shows_an_error_before_it_obeys_a_signal(extension):
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import extension
+log = extension.log
+extension.log = lambda *message: (os.kill(os.getpid(), signal.SIGTERM), log(*message))
+extension.main()
+"""
+    ran = run(sys.executable, "-c", script, extension.parent, env={})  # no Extensions API
+    assert (ran.returncode, ran.stderr.count("AWS_LAMBDA_RUNTIME_API is not set")) == (1, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are read from /proc")
+def test_waits_for_an_event_without_a_time_limit_and_with_one_connection(extension):
+    with ExtensionsApiServer() as api, started(extension, api) as it:
+        wait_until(lambda: api.asked("event/next"))
+        process = Path(f"/proc/{it.process.pid}")
+        sockets = [link.name for link in process.glob("fd/*") if os.readlink(link).startswith("socket:")]
+        (flags,) = [
+            re.search(r"^flags:\s+(\d+)", (process / "fdinfo" / name).read_text(), re.MULTILINE) for name in sockets
+        ]
+    assert int(flags.group(1), 8) & os.O_NONBLOCK == 0  # Python makes a socket with a timeout non-blocking
 
 
 def test_builds_its_request_for_events_once(extension):

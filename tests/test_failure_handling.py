@@ -78,7 +78,7 @@ extension.main()
 """
 
 
-def works(extension, **environment):
+def succeeds(extension, **environment):
     """Asserts that the extension processes an event and exits with 0; returns its API."""
     with ExtensionsApiServer([invoke("one"), SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, api, **environment)
@@ -94,13 +94,6 @@ def fails(extension, api, *words, **environment):
     assert re.fullmatch(rf"\[{NAME}\] .*\n", stderr), stderr
     assert all(word in stderr for word in words), stderr
     return stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patient(extension):
-    """An extension that gets no answer for as long as this module's tests take; the last of them looks at it."""
-    with ExtensionsApiServer(HANG) as api, started(extension, api) as it:
-        yield time.monotonic(), api, it
 
 
 @pytest.fixture
@@ -122,7 +115,7 @@ def test_aws_lambda_runtime_api_missing(extension):
 
 
 @pytest.mark.parametrize(
-    "address", ["nonsense", "127.0.0.1:port", "http://127.0.0.1:9001", "host with space:9001", ":"]
+    "address", ["nonsense", "127.0.0.1:port", "http://127.0.0.1:9001", "host with space:9001", "no..host:9001", ":"]
 )
 def test_aws_lambda_runtime_api_wrong(extension, address):
     fails(extension, address, "extension/register")
@@ -131,12 +124,12 @@ def test_aws_lambda_runtime_api_wrong(extension, address):
 def test_http_proxy_and_friends_set(extension):
     proxy = f"http://127.0.0.1:{free_port()}"
     names = "http_proxy", "https_proxy", "all_proxy"
-    works(extension, **dict.fromkeys([*names, *map(str.upper, names)], proxy))
+    succeeds(extension, **dict.fromkeys([*names, *map(str.upper, names)], proxy))
 
 
 def test_a_netrc_for_the_address_of_the_api(extension, tmp_path):
     (tmp_path / ".netrc").write_text("default login user password secret\nmachine 127.0.0.1 login u password p\n")
-    api = works(extension, HOME=str(tmp_path), NETRC=str(tmp_path / ".netrc"))
+    api = succeeds(extension, HOME=str(tmp_path), NETRC=str(tmp_path / ".netrc"))
     assert not any("authorization" in request.headers for request in api.requests)
 
 
@@ -151,7 +144,7 @@ def test_a_locale_that_is_not_utf_8(extension, locale):
 def test_python_variables_of_the_function(extension, tmp_path):
     for module in "json.py", "requests.py", "sitecustomize.py":
         (tmp_path / module).write_text("raise SystemExit('this module is for the function')")
-    works(extension, PYTHONWARNINGS="error", PYTHONPATH=str(tmp_path), PYTHONDEVMODE="1", PYTHONHOME="/nowhere")
+    succeeds(extension, PYTHONWARNINGS="error", PYTHONPATH=str(tmp_path), PYTHONDEVMODE="1", PYTHONHOME="/nowhere")
 
 
 def test_a_read_only_file_system(extension):
@@ -197,9 +190,19 @@ def test_registration_refused(extension, status):
         assert len(api.requests) == 1
 
 
-def test_registration_refused_without_an_explanation(extension):
-    with ExtensionsApiServer(register=[answer(503, b"<html>\nbusy\xff" + b"." * 1000)]) as api:
-        fails(extension, api, "/2020-01-01/extension/register: 503 <html> busy\ufffd" + "." * 188 + "\n")
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        (b"<html>\nbusy\xff" + b"." * 1000, "<html> busy\ufffd" + "." * 188),
+        (b"", ""),
+        (b"[]", "[]"),
+        (b'{"errorType": "Some"}', '{"errorType": "Some"}'),
+    ],
+    ids=["not JSON", "empty", "a list", "no errorMessage"],
+)
+def test_registration_refused_without_an_explanation(extension, body, shown):
+    with ExtensionsApiServer(register=[answer(503, body)]) as api:
+        fails(extension, api, f"/2020-01-01/extension/register: 503 {shown}".rstrip() + "\n")
 
 
 def test_a_registration_response_without_an_identifier(extension):
@@ -347,7 +350,7 @@ def test_an_error_before_the_first_event(extension, tmp_path):
 
 @pytest.mark.parametrize(
     "report",
-    [error(500, "Any"), reset, None, b"no HTTP", HANG],
+    [error(500, "Any"), reset, None, b"no HTTP\r\n", HANG],
     ids=["refused", "reset", "closed", "not HTTP", "no answer"],
 )
 def test_an_error_report_that_fails(extension, report):
@@ -386,7 +389,7 @@ def test_a_signal_while_a_report_hangs(extension, signum):
         api.answers["error"] = HANG
         wait_until(lambda: api.asked("exit/error"))
         it.process.send_signal(signum)
-        assert it.process.wait(3) == (1 if signum != signal.SIGKILL else -signal.SIGKILL)
+        assert it.process.wait(4) == (1 if signum != signal.SIGKILL else -signal.SIGKILL)
         assert it.stderr.count("not today") == it.stderr.count("\n") == 1
 
 
@@ -431,7 +434,7 @@ def test_a_signal_while_waiting(extension, signum):
     with ExtensionsApiServer(HANG) as api, started(extension, api) as it:
         wait_until(lambda: api.asked("event/next"))
         it.process.send_signal(signum)
-        assert it.process.wait(2) == 0
+        assert it.process.wait(1) == 0  # not only when the time for a shutdown is over
         assert it.stderr == ""
 
 
@@ -441,7 +444,7 @@ def test_a_signal_while_process_runs(changed, signum):
     with ExtensionsApiServer([invoke("one"), invoke("two")]) as api, started(slow, api) as it:
         wait_until(lambda: "begun" in it.stdout)
         it.process.send_signal(signum)
-        assert it.process.wait(5) == 0
+        assert it.process.wait(20) == 0
         assert it.stdout.count("finished") == 1
         assert it.stderr == ""
         assert len(api.asked("event/next")) == 1
@@ -456,7 +459,7 @@ def test_a_signal_when_process_takes_longer_than_a_shutdown(changed):
         assert it.process.wait(20) == 0
         seconds = float(re.search(r"^SHUTDOWN_SECONDS = (\S+)", slow.read_text(), re.MULTILINE).group(1))
         assert seconds <= 2 - 0.3  # Lambda's limit, less what it reserves for the runtime
-        assert seconds <= time.monotonic() - start < seconds * 2
+        assert time.monotonic() - start >= seconds
         assert "finished" not in it.stdout
 
 
@@ -477,7 +480,7 @@ def test_a_signal_while_a_non_daemon_thread_runs(changed):
     with ExtensionsApiServer([invoke("one"), *HANG, lambda _: None]) as api, started(threads, api) as it:
         wait_until(lambda: len(api.asked("event/next")) == 2)
         it.process.send_signal(signal.SIGTERM)
-        assert it.process.wait(3) == 0
+        assert it.process.wait(20) == 0
 
 
 @pytest.mark.slow
@@ -504,9 +507,9 @@ def test_a_hundred_thousand_events(extension):
 
 
 @pytest.mark.slow
-def test_minutes_without_an_answer(patient):
-    start, api, it = patient
-    time.sleep(max(0, 121 - (time.monotonic() - start)))
-    assert it.process.poll() is None
-    assert len(api.asked("event/next")) == 1
-    assert it.stderr == ""
+def test_minutes_without_an_answer(extension):
+    with ExtensionsApiServer(HANG) as api, started(extension, api) as it:
+        time.sleep(121)
+        assert it.process.poll() is None
+        assert len(api.asked("event/next")) == 1
+        assert it.stderr == ""

@@ -5,7 +5,19 @@ import re
 import uuid
 
 import pytest
-from helpers import HELLO, NAME, RECEIVED, build, container, copy_sample, docker_with, run, running, wait_until
+from helpers import (
+    HELLO,
+    NAME,
+    RECEIVED,
+    TEST_IMAGE,
+    build,
+    container,
+    copy_sample,
+    docker_with,
+    run,
+    running,
+    wait_until,
+)
 
 
 def inside(image, script, *options):
@@ -16,37 +28,35 @@ def inside(image, script, *options):
     return ran.stdout
 
 
-def test_opt_extensions_holds_the_launcher_and_no_stray_file(folder, base_image):
-    sample = copy_sample(folder / f"stray-{base_image}".replace(":", "-"))
+def test_opt_extensions_holds_the_launcher_and_no_stray_file(copy, base_image):
     for stray in ".DS_Store", f"{NAME}~", f".{NAME}.swp", "notes.txt":
-        (sample / "extensions" / stray).write_text("stray")
-        (sample / "extensions" / stray).chmod(0o755)
-    image = build(sample, f"{NAME}-test:stray", base_image)
+        (copy / "extensions" / stray).write_text("stray")
+        (copy / "extensions" / stray).chmod(0o755)
+    image = build(copy, f"{TEST_IMAGE}:stray", base_image)
     assert inside(image, "ls -A /opt /opt/extensions").split() == [
         "/opt:", "extensions", NAME, "/opt/extensions:", NAME
     ]  # fmt: skip
 
 
-def test_hidden_files_stay_out_of_the_image_and_of_runs_without_docker(way, folder):
+def test_hidden_files_stay_out_of_the_image_and_of_runs_without_docker(way, copy):
     option, environment = way
-    sample = copy_sample(folder / f"hidden{option}")
-    dockerfile = sample / "Dockerfile"
+    dockerfile = copy / "Dockerfile"
     dockerfile.write_text(re.sub(r"(COPY \*\.py (.*)\n)", r"\1COPY data \2data/\n", dockerfile.read_text()))
     for name in "shown", ".env", ".aws/credentials", "in/.env":
-        (sample / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (sample / "data" / name).write_text("text")
-    (sample / "lambda_function.py").write_text(
+        (copy / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / "data" / name).write_text("text")
+    (copy / "lambda_function.py").write_text(
         "import os\ndef lambda_handler(event, context):\n    return [files for _, _, files in os.walk('data')]\n"
     )
-    with running(sample, option, **environment) as started:
+    with running(copy, option, **environment) as started:
         assert json.loads(started.invoke()) == [["shown"], []]
 
 
-def test_modes_and_owners_are_right_whatever_they_were_in_the_checkout(folder, base_image):
-    sample = copy_sample(folder / f"modes-{base_image}".replace(":", "-"))
-    for path in sample.rglob("*"):
+def test_modes_and_owners_are_right_whatever_they_were_in_the_checkout(tmp_path, base_image):
+    copy = copy_sample(tmp_path / "copy")
+    for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
-    image = build(sample, f"{NAME}-test:modes", base_image)
+    image = build(copy, f"{TEST_IMAGE}:modes", base_image)
     executables = f"/lambda-entrypoint.sh /opt/extensions/{NAME} /usr/local/bin/aws-lambda-rie /var/runtime/bootstrap"
     assert inside(image, f"stat -Lc '%a %U' {executables}").splitlines() == ["755 root"] * 4
     assert inside(image, "find /opt /var/task /var/runtime ! -user root -o -perm /022 ! -type l") == ""
@@ -85,7 +95,7 @@ def test_it_adds_at_most_60_mb_to_its_base(base_image, image):
 
 
 def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image):
-    on_lambda = build(sample, f"{NAME}-test:lambda", base_image, "--target", "lambda")
+    on_lambda = build(sample, f"{TEST_IMAGE}:lambda", base_image, "--target", "lambda")
     listing = "find / -xdev -type f -not -path '/proc/*' -not -path '/sys/*' -not -path '/etc/*' | sort"
     emulator = set(inside(image, listing).splitlines()) - set(inside(on_lambda, listing).splitlines())
     assert emulator == {"/usr/local/bin/aws-lambda-rie"}
@@ -102,14 +112,13 @@ def test_runs_as_any_user_in_any_directory_read_only_and_without_capabilities(im
 
 
 @pytest.mark.parametrize("buildkit", ["0", "1"], ids=["the classic builder", "BuildKit"])
-def test_an_edit_of_one_line_of_code_builds_no_dependency_again(folder, base_image, buildkit):
-    sample = copy_sample(folder / f"edit-{base_image}-{buildkit}".replace(":", "-"))
+def test_an_edit_of_one_line_of_code_builds_no_dependency_again(copy, base_image, buildkit):
     for edited in None, "lambda_function.py", f"{NAME}/extension.py":
         if edited:
-            with open(sample / edited, "a") as file:
+            with open(copy / edited, "a") as file:
                 file.write(f"# {uuid.uuid4()}\n")  # unknown to the cache, also when the test runs again
         options = ["--progress", "plain"] if buildkit == "1" else []
-        built = docker_with(buildkit, "build", *options, "--build-arg", f"BASE_IMAGE={base_image}", sample)
+        built = docker_with(buildkit, "build", *options, "--build-arg", f"BASE_IMAGE={base_image}", copy)
         assert built.returncode == 0, built.stderr
     if buildkit == "1":
         steps = dict(re.findall(r"^#(\d+) \[.*\] (RUN .*)$", built.stderr, re.MULTILINE))

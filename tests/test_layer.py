@@ -12,40 +12,36 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import (
-    HELLO,
-    NAME,
-    ROOT,
-    Running,
-    free_port,
-    run,
-    wait_until,
-)
+from helpers import HELLO, NAME, ROOT, Running, copy_sample, free_port, listens, rename, run, wait_until
+
+RENAMED = "renamed-extension"
 
 
 @pytest.fixture(scope="module")
-def layer(sample, folder):
-    """The layer, made in one time zone and unpacked in another, with the modes and times that the zip has."""
+def layer(folder):
+    """The layer of a renamed copy, made in one time zone and unpacked in another, with the zip's modes and times."""
+    sample = copy_sample(folder / "renamed")
+    rename(sample, RENAMED)
+    (sample / "layer.zip").write_text("the last one")
     target, temporary = folder / "layer", folder / "layer's temporary files"
     temporary.mkdir()
     environment = os.environ | {"TZ": "JST-9", "TMPDIR": str(temporary)}
     made = run(sample / "scripts" / "build-layer", env=environment, umask=0o077)
-    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"layer.zip: /opt/extensions/{RENAMED} and /opt/{RENAMED}\n", made.stderr
     assert not list(temporary.iterdir())
     with zipfile.ZipFile(sample / "layer.zip") as archive:
         for entry in archive.infolist():
             path = Path(archive.extract(entry, target))
             path.chmod(stat.S_IMODE(entry.external_attr >> 16))
             os.utime(path, (calendar.timegm(entry.date_time),) * 2)
-    (sample / "layer.zip").unlink()
     return target
 
 
 def test_the_layer_holds_the_extension_and_its_launcher(layer):
-    assert sorted(path.name for path in layer.iterdir()) == ["extensions", NAME]
-    assert [path.name for path in (layer / "extensions").iterdir()] == [NAME]
-    assert os.access(layer / "extensions" / NAME, os.X_OK)
-    assert (layer / NAME / "requests" / "__init__.py").exists()
+    assert sorted(path.name for path in layer.iterdir()) == ["extensions", RENAMED]
+    assert [path.name for path in (layer / "extensions").iterdir()] == [RENAMED]
+    assert os.access(layer / "extensions" / RENAMED, os.X_OK)
+    assert (layer / RENAMED / "requests" / "__init__.py").exists()
 
 
 def test_any_user_can_read_the_layer(layer):
@@ -90,8 +86,8 @@ def test_the_layer_runs_at_opt_beside_a_function_that_is_not_in_its_image(layer,
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=layer.parent, stdout=output, stderr=output)
     try:
-        started = Running(process, log, port)
-        wait_until(lambda: "exec 'python3'" in started.output)
+        started = Running(process, [log], port)
+        wait_until(lambda: listens(port))
         with started.receives():
             assert json.loads(started.invoke()) == HELLO
     finally:

@@ -3,22 +3,18 @@
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import HELLO, NAME, copy_sample, free_port, run, running
+from helpers import HELLO, NAME, copy_sample, free_port, run, run_elsewhere, running
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
-
-
-@pytest.fixture
-def copy(folder, installed_sample, request):
-    """A copy of the sample that was run before."""
-    return Path(shutil.copytree(installed_sample, folder / request.node.name, symlinks=True))
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux"),
+    pytest.mark.usefixtures("installed_sample"),
+]
 
 
 def write_handler(copy, body):
@@ -54,6 +50,26 @@ def test_nobody_else_can_read_what_a_run_copies(copy):
             assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
+def test_a_run_sees_only_its_own_processes(copy):
+    write_handler(copy, "return [process for process in os.listdir('/proc') if process.isdigit()]")
+    processes = answer(copy)
+    assert str(os.getpid()) not in processes
+    assert "1" in processes
+    assert len(processes) < 10
+
+
+def test_only_what_the_image_contains_is_installed(copy):
+    (installed,) = copy.glob(".run/*")
+    assert {path.name for path in installed.iterdir()} == {"aws-lambda-rie", "opt", "python", "var"}
+
+
+def test_another_version_of_python_gets_its_own_installation(copy):
+    no_index = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    ran = run_elsewhere(copy, "python_version", "3.99.0", **no_index)
+    assert ran.returncode == 1
+    assert "installing the dependencies" in ran.stderr
+
+
 def test_the_function_does_not_see_the_packages_of_this_machine(copy):
     write_handler(copy, "return [path for path in sys.path if path.endswith('-packages') and os.path.exists(path)]")
     assert answer(copy) == []
@@ -68,14 +84,6 @@ def test_the_function_has_the_handler_and_the_folders_that_the_dockerfile_names(
     (copy / "texts" / "in" / "greeting").write_text("good morning")
     (copy / "other.py").write_text("def handler(event, context):\n    return open('texts/in/greeting').read()\n")
     assert answer(copy) == "good morning"
-
-
-def test_another_name_gets_its_own_installation(copy):
-    for path in f"extensions/{NAME}", f"{NAME}.sh", NAME:
-        (copy / path).rename(copy / path.replace(NAME, "renamed"))
-    with running(copy, "--no-docker", script="renamed.sh") as started:
-        assert "installing" in started.output
-        assert json.loads(started.invoke()) == HELLO
 
 
 @pytest.mark.slow
@@ -105,7 +113,7 @@ def test_a_wheel_with_another_hash_fails_with_one_line_that_says_so(folder):
 @pytest.mark.skipif(not os.access("/opt", os.W_OK), reason="this user cannot write to /opt")
 def test_a_checkout_in_opt_works(installed_sample):
     with tempfile.TemporaryDirectory(dir="/opt") as opt:
-        copy = Path(shutil.copytree(installed_sample, Path(opt) / "sample", symlinks=True))
+        copy = copy_sample(Path(opt) / "sample", installed_sample)
         assert answer(copy) == HELLO
 
 

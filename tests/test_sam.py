@@ -1,11 +1,9 @@
 """The template, and the image, with the real AWS SAM CLI."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 
 import pytest
@@ -20,6 +18,7 @@ from helpers import (
     copy_sample,
     first_base_image,
     free_port,
+    listens,
     run,
     tool,
     wait_until,
@@ -87,12 +86,7 @@ def test_sam_local_start_lambda_serves_the_aws_cli(sam, tmp_path):
         options = {"stdout": log, "stderr": log, "start_new_session": True}
         process = sam("local", "start-lambda", "--port", str(port), start=start, **options)
         try:
-
-            def listens():
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    return True
-
-            wait_until(listens, 60)
+            wait_until(lambda: listens(port), 60)
             command = [*AWS_CLI, "lambda", "invoke", "--function-name", "HelloFunction"]
             endpoint = ["--endpoint-url", f"http://127.0.0.1:{port}"]
             invoked = run(*command, *endpoint, tmp_path / "answer.json", env=os.environ | CREDENTIALS)
