@@ -1,4 +1,4 @@
-#!/usr/bin/env -S python3 -E -s -S
+#!/usr/bin/env -S python3 -E -S
 """The floor for Python: the standard library's HTTP client on one TCP connection, nothing checked."""
 
 import http.client

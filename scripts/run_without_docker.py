@@ -70,9 +70,9 @@ def install():
         shutil.copy(new / "sam" / "samcli" / "local" / "rapid" / f"aws-lambda-rie-{cpu}", new / "aws-lambda-rie")
         shutil.rmtree(new / "sam")
         new.rename(installed)  # only once complete
-    except OSError as error:
+    except OSError:
         if not installed.exists():  # made by another run meanwhile
-            fail(f"cannot write to {RUNS}: {error.strerror}")
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return installed
@@ -82,8 +82,8 @@ def pip_install(target, lock_file, *options):
     """Installs the wheels of a lock file into a folder. Only index, proxy and certificates are as the user set them."""
     temporary = target.with_name("tmp")
     temporary.mkdir(parents=True)  # within the run's folder, so that an interrupted pip leaves nothing elsewhere
-    environment = {name: value for name, value in os.environ.items() if name not in ("PIP_TARGET", "PIP_PREFIX")}
-    environment |= {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "TMPDIR": str(temporary)}
+    environment = os.environ | {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "TMPDIR": str(temporary)}
+    environment.pop("PIP_PREFIX", None)
     install = "-E -m pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --require-hashes"
     command = [
         sys.executable,
@@ -236,7 +236,7 @@ def main():
     try:
         socket.create_server((address, int(port))).close()
     except OSError as error:
-        fail(f"cannot listen on {address}:{port}: {error.strerror}; choose another with -p")
+        fail(f"cannot listen on {address}:{port}: {os.strerror(error.errno)}; choose another with -p")
     process, folder, links = None, None, []
     try:
         RUNS.mkdir(exist_ok=True)

@@ -35,7 +35,10 @@ from helpers import (
     wait_until,
 )
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would ignore it, and what they start
+# A process in the background ignores these signals, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs every attempt to connect
 
 

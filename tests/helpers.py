@@ -31,8 +31,8 @@ RECEIVED = "Received event"  # what process(event) logs
 DEFAULT_BASE_IMAGE = re.search(r"^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE).group(1)
 # On CI more than one, such as "debian:bookworm debian:trixie".
 BASE_IMAGES = os.environ.get("BASE_IMAGES", os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)).split()
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-TEST_IMAGE = f"{NAME}-test-{WORKER}"  # the name of the images that this worker of pytest-xdist builds
+TEST_IMAGE = f"{NAME}-test-{os.getpid()}"  # the name of the images that this process builds
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # the number of this process
 # The AWS CLI and the SDKs require these even for localhost.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
 AMQP_USERNAME, AMQP_PASSWORD = "lambda", "secret word"  # of a user that RabbitMQ accepts from anywhere
@@ -83,7 +83,7 @@ def wait_until(condition, seconds=20):
 def free_port():
     """A free port that no outgoing connection takes before it is used, nor another worker."""
     while True:
-        port = 10_000 + 10 * random.randrange(2_000) + int(WORKER[2:])  # below the ephemeral ones
+        port = 10_000 + 10 * random.randrange(2_000) + WORKER  # below the ephemeral ones
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
@@ -264,13 +264,13 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
             sys.stdout.write(sample_run.output)
 
 
-def run_elsewhere(sample, what, value, **environment):
-    """Runs the sample without Docker where Python's platform.WHAT() returns that value; returns as run() does."""
+def install_elsewhere(sample, what, value, **environment):
+    """Installs what a run without Docker needs where Python's platform.WHAT() returns that value; prints the folder."""
     path = str(sample / "scripts" / "run_without_docker.py")
     program = (
-        f"import platform, runpy; platform.{what} = lambda: {value!r}; runpy.run_path({path!r}, run_name='__main__')"
+        f"import platform, runpy; platform.{what} = lambda: {value!r}; print(runpy.run_path({path!r})['install']())"
     )
-    return run("python3", "-c", program, "127.0.0.1", str(free_port()), input="", env=os.environ | environment)
+    return run("python3", "-c", program, env=os.environ | environment)
 
 
 def docker_with(buildkit, *arguments, **options):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -14,9 +15,9 @@ from helpers import (
     container,
     docker_with,
     first_base_image,
+    install_elsewhere,
     missing,
     run,
-    run_elsewhere,
 )
 
 ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
@@ -61,6 +62,15 @@ def test_the_build_fails_with_one_line_on_an_unknown_cpu(folder, engine, sample)
     assert run("docker", "build", "--target", "lambda", "--build-arg", f"BASE_IMAGE={tag}", sample).returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("installed_sample")
+def test_without_docker_arm64_gets_its_own_emulator(copy):
+    installed = install_elsewhere(copy, "machine", "aarch64")
+    assert installed.returncode == 0, installed.stderr
+    elf_header = (Path(installed.stdout.strip()) / "aws-lambda-rie").read_bytes()[:20]
+    assert (elf_header[:4], elf_header[18:]) == (b"\x7fELF", b"\xb7\0")  # 183 is arm64
+
+
 def test_without_docker_an_unknown_cpu_fails_with_one_line(sample):
-    ran = run_elsewhere(sample, "machine", "riscv64")
+    ran = install_elsewhere(sample, "machine", "riscv64")
     assert (ran.returncode, ran.stderr) == (1, f"{NAME}: there is no emulator for the CPU riscv64\n")

@@ -283,6 +283,22 @@ def test_a_killed_extension_restarts_and_every_message_is_answered(way, daemon, 
         assert extensions_of(name) != killed
 
 
+def test_an_extension_that_ends_before_it_registers_is_started_again(way, daemon, copy):
+    failed = f"/tmp/{NAME}-{uuid.uuid4()}"  # in the container's /tmp, or this machine's
+    once = f"import os\nif not os.path.exists({failed!r}):\n    os.mkdir({failed!r})\n    os._exit(1)\n"
+    extension = copy / NAME / "extension.py"
+    extension.write_text(once + extension.read_text())
+    with with_daemon(way, copy, daemon, AMQP_URI="") as started:
+
+        def answer():
+            with contextlib.suppress(OSError):  # the invocation that started it gets no answer
+                return started.invoke(function=NAME, timeout=5)
+
+        assert json.loads(wait_until(answer, 60)) == HELLO
+    if os.path.exists(failed):
+        os.rmdir(failed)
+
+
 def has_queue(rabbitmq, name):
     with connect(rabbitmq) as connection, contextlib.suppress(pika.exceptions.ChannelClosedByBroker):
         return connection.channel().queue_declare(name, passive=True)

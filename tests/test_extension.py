@@ -52,6 +52,22 @@ def test_logs_any_text_from_process(extension, tmp_path):
     assert f"[{NAME}] half a character: \\ud83e\n" in stdout
 
 
+def test_prints_without_delay(extension, tmp_path):
+    printing = replace_process(extension, "def process(event):\n    print('printed')", tmp_path)
+    with ExtensionsApiServer([invoke(), lambda connection: None]) as api, started(printing, api) as it:
+        wait_until(lambda: len(api.asked("event/next")) == 2)
+        assert "printed\n" in it.stdout
+
+
+def test_sees_no_packages_but_its_own(extension, tmp_path):
+    looking = replace_process(extension, "def process(event):\n    log(json.dumps(sys.path))", tmp_path)
+    with ExtensionsApiServer([SHUTDOWN]) as api:
+        _, stdout, _ = end_of(looking, api)
+    own, *others = json.loads(stdout.splitlines()[-1].removeprefix(f"[{NAME}] "))
+    assert own == str(looking.parent)
+    assert not [path for path in others if "packages" in path]
+
+
 def test_logs_the_shutdown_event_with_its_reason_and_exits_0(extension):
     with ExtensionsApiServer([SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, api)

@@ -1,19 +1,24 @@
 """Interrupted and failed first runs without Docker: the next run recovers."""
 
+import http.server
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from helpers import HELLO, NAME, copy_sample, free_port, need_namespaces, run, running, wait_until
+from helpers import HELLO, NAME, copy_sample, free_port, need_namespaces, run, running, tool, wait_until
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux"),
 ]
+
+CANNOT = f"{NAME}: the dependencies cannot be installed"
 
 
 @pytest.fixture
@@ -75,9 +80,27 @@ def test_without_network_it_fails_with_one_line_and_the_next_run_works(fresh):
     process = start(fresh, PIP_INDEX_URL=nowhere, PIP_EXTRA_INDEX_URL=nowhere, PIP_CONFIG_FILE=os.devnull)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "pip cannot reach its package index" in output.splitlines()[-1]
+    assert output.splitlines()[-1] == f"{CANNOT}: pip cannot reach its package index; is there a network?"
     assert not half_made(fresh)
     says_hello(fresh)
+
+
+def test_an_untrusted_certificate_fails_with_one_line(fresh, tmp_path):
+    subject = "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"
+    files = "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"
+    made = run(tool("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject, *files)
+    assert made.returncode == 0, made.stderr
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    index = {"PIP_INDEX_URL": f"https://localhost:{server.server_port}/simple", "PIP_CONFIG_FILE": os.devnull}
+    process = start(fresh, **index, PIP_EXTRA_INDEX_URL="", PIP_FIND_LINKS="", PIP_RETRIES="1")
+    output, _ = process.communicate(timeout=120)
+    server.shutdown()
+    assert process.returncode == 1
+    assert output.splitlines()[-1] == f"{CANNOT}: pip does not trust the certificate of its package index; set PIP_CERT"
 
 
 def test_on_a_full_disk_it_fails_with_one_line_and_the_next_run_works(fresh):
@@ -92,7 +115,7 @@ def test_on_a_full_disk_it_fails_with_one_line_and_the_next_run_works(fresh):
     process = start(fresh, *prefix)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "No space left on device" in output.splitlines()[-1]
+    assert output.splitlines()[-1] == f"{CANNOT}: No space left on device"
     says_hello(fresh)
 
 

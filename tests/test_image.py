@@ -70,7 +70,7 @@ def test_pip_and_build_tools_stay_out(image):
 
 
 def test_the_dependencies_of_function_and_extension_stay_separate(image):
-    search = "cd /; python3 -E -s -c 'import sys; sys.path[0] = \"{}\"; import {}' 2>&1 || true"
+    search = "cd /; python3 -E -c 'import sys; sys.path[0] = \"{}\"; import {}' 2>&1 || true"
     assert "No module named 'requests'" in inside(image, search.format("/var/task", "requests"))
     assert "No module named 'awslambdaric'" in inside(image, search.format(f"/opt/{NAME}", "awslambdaric"))
 
@@ -78,7 +78,7 @@ def test_the_dependencies_of_function_and_extension_stay_separate(image):
 def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
     touch = "find /opt /var/task -name '*.py' -exec touch {} +; "
     extension = (
-        f"cd /; python3 -v -E -s -S -c 'import sys; sys.path[0] = \"/opt/{NAME}\"; import extension, requests' 2>&1"
+        f"cd /; python3 -v -E -S -c 'import sys; sys.path[0] = \"/opt/{NAME}\"; import extension, requests' 2>&1"
     )
     function = "python3 -v -c 'import awslambdaric.__main__, awslambdaric.bootstrap, lambda_function' 2>&1"
     for imports in extension, function:
@@ -128,6 +128,14 @@ def test_an_edit_of_one_line_of_code_builds_no_dependency_again(copy, base_image
         again = re.findall(r"^Step \S+ : (RUN .*)\n(?! ---> Using cache)", built.stdout, re.MULTILINE)
     assert len(again) == 1
     assert again[0].startswith("RUN chmod")
+
+
+def test_a_lock_file_without_hashes_is_refused(copy, base_image):
+    lock_file = copy / "requirements.txt"
+    lock_file.write_text(re.sub(r" \\\n +--hash=\S+", "", lock_file.read_text()))
+    built = run("docker", "build", "--build-arg", f"BASE_IMAGE={base_image}", copy)
+    assert built.returncode != 0
+    assert "Hashes are required in --require-hashes mode" in built.stdout + built.stderr
 
 
 def test_the_classic_builder_skips_the_emulator_for_aws(sample, base_image):

@@ -131,7 +131,8 @@ def test_no_pip_fails_with_one_line(folder, commands):
     replace(commands, "python3", f'exec "{without_pip}/bin/python3" "$@"')
     ran = script(fresh, "--no-docker", "-p", str(free_port()), path=commands)
     assert ran.returncode == 1
-    assert "this python3 has no pip" in one_line(ran)
+    reason = "this python3 has no pip; try: apt-get install python3-pip, or another python3"
+    assert one_line(ran) == f"{NAME}: the dependencies cannot be installed: {reason}"
     assert not list((fresh / ".run").iterdir())
 
 
@@ -351,7 +352,7 @@ def test_a_folder_it_cannot_write_to_fails_with_one_line_and_loses_nothing(folde
     environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin"}
     ran = run(*prefix, fresh / f"{NAME}.sh", "--no-docker", "-p", str(free_port()), cwd=fresh, env=environment)
     assert ran.returncode == 1
-    assert "cannot write to" in one_line(ran)
+    assert one_line(ran).startswith(f"{NAME}: cannot write to {fresh}/.run: ")
     assert tree(fresh) == before
 
 
@@ -418,3 +419,8 @@ def test_works_as_an_ordinary_user(folder):
             assert json.loads(started.invoke()) == HELLO
         assert started.stop()[0] == 0
     assert not processes_of(theirs)
+    environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin", "AWS_LAMBDA_MAX_CONCURRENCY": "2"}
+    command = theirs / f"{NAME}.sh", "--no-docker", "-p", str(free_port())
+    ran = run(*command, user=12345, group=12345, extra_groups=[], env=environment, cwd="/")
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert "AWS_LAMBDA_MAX_CONCURRENCY needs root and mount namespaces here; or use --docker" in one_line(ran)

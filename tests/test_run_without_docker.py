@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import HELLO, NAME, copy_sample, free_port, run, run_elsewhere, running
+from helpers import HELLO, NAME, copy_sample, free_port, install_elsewhere, run, running
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux"),
@@ -65,7 +65,7 @@ def test_only_what_the_image_contains_is_installed(copy):
 
 def test_another_version_of_python_gets_its_own_installation(copy):
     no_index = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
-    ran = run_elsewhere(copy, "python_version", "3.99.0", **no_index)
+    ran = install_elsewhere(copy, "python_version", "3.99.0", **no_index)
     assert ran.returncode == 1
     assert "installing the dependencies" in ran.stderr
 
@@ -106,8 +106,17 @@ def test_a_wheel_with_another_hash_fails_with_one_line_that_says_so(folder):
     lock_file.write_text(re.sub("sha256:....", "sha256:0000", lock_file.read_text()))
     ran = run(copy / f"{NAME}.sh", "--no-docker", "-p", str(free_port()))
     assert ran.returncode == 1
-    assert "does not match its pinned hash" in ran.stderr.splitlines()[-1]
+    reason = "a wheel does not match its pinned hash; check your package index, or proxy"
+    assert ran.stderr.splitlines()[-1] == f"{NAME}: the dependencies cannot be installed: {reason}"
     assert list((copy / ".run").iterdir()) == []
+
+
+def test_a_lock_file_without_hashes_is_refused(copy):
+    lock_file = copy / "requirements.txt"
+    lock_file.write_text(re.sub(r" \\\n +--hash=\S+", "", lock_file.read_text()))
+    ran = run(copy / f"{NAME}.sh", "--no-docker", "-p", str(free_port()))
+    assert ran.returncode == 1
+    assert "Hashes are required in --require-hashes mode" in ran.stderr
 
 
 @pytest.mark.skipif(not os.access("/opt", os.W_OK), reason="this user cannot write to /opt")
@@ -124,5 +133,4 @@ def test_a_privileged_port_fails_with_one_line(sample):
     environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin"}
     ran = run(sample / f"{NAME}.sh", "--no-docker", "-p", "1", user=12345, group=12345, env=environment, cwd="/")
     assert ran.returncode == 1
-    assert ran.stderr.count("\n") == 1
-    assert "cannot listen on 127.0.0.1:1: Permission denied" in ran.stderr
+    assert ran.stderr == f"{NAME}: cannot listen on 127.0.0.1:1: Permission denied; choose another with -p\n"

@@ -94,6 +94,7 @@ def test_a_hundred_invocations_in_a_row_are_answered_and_logged(sample_run):
 
 def test_one_process_is_the_extension_and_its_launcher_is_gone(way, sample, sample_run):
     sample_run.invoke()
+    assert f"[{NAME}] Launching extension\n" in sample_run.output
     if way[0] == "--docker":
         processes = run("docker", "top", sample_run.container, "-eo", "pid,args").stdout.splitlines()
         commands = [line.split(None, 1)[1] for line in processes]

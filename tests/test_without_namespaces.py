@@ -46,11 +46,13 @@ print(urllib.request.urlopen("http://localhost:8080/2015-03-31/functions/functio
 
 def test_where_namespaces_are_refused_it_does_not_replace_what_is_in_opt(plain_container):
     ran = plain_container(f"mkdir /opt/extensions; ./{NAME}.sh; echo status: $?; ls /opt; ls .run | grep run")
-    assert "/opt/extensions exists already" in ran.stderr.splitlines()[-1]
+    advice = "end the run that uses it, or remove it, or use --docker"
+    assert ran.stderr.splitlines()[-1] == f"{NAME}: /opt/extensions exists already; {advice}"
     assert ran.stdout == "status: 1\nextensions\n"
 
 
 def test_where_namespaces_and_opt_are_refused_it_fails_with_one_line(plain_container):
     ran = plain_container(f"./{NAME}.sh; echo status: $?", "--user", "12345")
-    assert "no user namespaces, and no permission to write to /opt" in ran.stderr.splitlines()[-1]
+    reason = "no user namespaces, and no permission to write to /opt"
+    assert ran.stderr.splitlines()[-1] == f"{NAME}: {reason}; use --docker, or root"
     assert ran.stdout == "status: 1\n"
