@@ -61,6 +61,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("Skipped: " + "; ".join(f"{count} ({why})" for why, count in reasons.most_common()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_daemon():
+    """Lets only the tests of the Daemon use it. The workers of pytest-xdist inherit the variable before."""
+    os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", None)
+
+
 @pytest.fixture(scope="session")
 def folder():
     """A temporary folder that any user can read and with a space in its name, as users' folders have."""

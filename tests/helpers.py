@@ -36,8 +36,7 @@ WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  #
 # The AWS CLI and the SDKs require these even for localhost.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
 AMQP_USERNAME, AMQP_PASSWORD = "lambda", "secret word"  # of a user that RabbitMQ accepts from anywhere
-# Only the tests of the Daemon use it.
-DAEMON = os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", None)
+DAEMON = os.environ.get("LAMBDA_RUNTIME_API_DAEMON")
 
 
 def missing(what):
@@ -49,7 +48,7 @@ def missing(what):
 
 def real_daemon():
     """The path of the Lambda Runtime API Daemon, which has no package; skips the test if it is not named."""
-    return DAEMON or pytest.skip("run it with LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon")
+    return DAEMON or pytest.skip("no Daemon: LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon")
 
 
 def tool(name):

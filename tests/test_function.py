@@ -1,3 +1,5 @@
+"""lambda_function.py: the answer of the handler."""
+
 import sys
 
 from helpers import HELLO, ROOT

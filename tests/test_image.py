@@ -28,14 +28,16 @@ def inside(image, script, *options):
     return ran.stdout
 
 
-def test_opt_extensions_holds_the_launcher_and_no_stray_file(copy, base_image):
-    for stray in ".DS_Store", f"{NAME}~", f".{NAME}.swp", "notes.txt":
-        (copy / "extensions" / stray).write_text("stray")
-        (copy / "extensions" / stray).chmod(0o755)
+def test_opt_holds_the_launcher_the_extension_and_no_stray_file(copy, base_image):
+    strays = ".DS_Store", f"{NAME}~", f".{NAME}.swp", "notes.txt"
+    for path in (copy / place / stray for place in ("extensions", NAME) for stray in strays):
+        path.write_text("stray")
+        path.chmod(0o755)
     image = build(copy, f"{TEST_IMAGE}:stray", base_image)
     assert inside(image, "ls -A /opt /opt/extensions").split() == [
         "/opt:", "extensions", NAME, "/opt/extensions:", NAME
     ]  # fmt: skip
+    assert not {*strays, "requirements.txt"} & {*inside(image, f"ls -A /opt/{NAME}").split()}
 
 
 def test_hidden_files_stay_out_of_the_image_and_of_runs_without_docker(way, copy):

@@ -36,6 +36,7 @@ print(urllib.request.urlopen("http://localhost:8080/2015-03-31/functions/functio
         cat /proc/[0-9]*/cmdline | tr '\\0' ' ' >/tmp/left
         echo left: $(grep -o -e awslambdaric -e extension.py -e aws-lambda-rie /tmp/left)
     """)
+    assert f"log:{NAME}: no namespaces here: linking into /opt for the duration of the run\n" in ran.stdout
     assert "Hello from Lambda!" in ran.stdout
     assert f"during: extensions {NAME}\n" in ran.stdout
     assert re.search("^status: 0$", ran.stdout, re.MULTILINE)
