@@ -223,10 +223,10 @@ class Running:
     def stop(self, signum=signal.SIGTERM):
         """Ends the run as a terminal or a supervisor would; returns exit status and seconds taken."""
         start = time.monotonic()
-        if signum == signal.SIGINT:
-            os.killpg(self.process.pid, signum)
-        else:
+        if signum == signal.SIGTERM:
             self.process.send_signal(signum)
+        else:
+            os.killpg(self.process.pid, signum)
         return self.process.wait(60), time.monotonic() - start
 
 

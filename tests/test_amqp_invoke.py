@@ -87,6 +87,10 @@ def test_answers_to_others_do_not_extend_the_wait(rabbitmq, waiting_client):
     assert client.result().returncode == 1
 
 
+def test_a_client_that_waits_does_not_disturb_another_one(rabbitmq, queue, waiting_client):
+    assert amqp_invoke(rabbitmq, queue[0]).stdout == "answer to {}\n"
+
+
 def test_nobody_else_can_read_the_answers(rabbitmq, waiting_client):
     _, request = waiting_client
     locked = pytest.raises(pika.exceptions.ChannelClosedByBroker, match="RESOURCE_LOCKED")

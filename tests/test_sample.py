@@ -155,7 +155,11 @@ def test_four_invocations_run_at_the_same_time_on_managed_instances(way, misbeha
     option, environment = way
     if option == "--no-docker" and os.geteuid() != 0:
         pytest.skip("without Docker the emulator's mode for Lambda Managed Instances needs root")
-    with running(misbehaving_sample, option, "-e", "AWS_LAMBDA_MAX_CONCURRENCY=4", **environment) as started:
+    if option == "--docker":  # once by an option, once by the environment
+        option, environment = [option], environment | {"AWS_LAMBDA_MAX_CONCURRENCY": "4"}
+    else:
+        option = [option, "-e", "AWS_LAMBDA_MAX_CONCURRENCY=4"]
+    with running(misbehaving_sample, *option, **environment) as started:
 
         def five_at_once():
             with ThreadPoolExecutor(5) as pool:
