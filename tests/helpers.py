@@ -120,10 +120,14 @@ def first_number(cell):
 
 
 def copy_sample(folder, sample=ROOT):
-    """Copies the sample as git would check it out, with its uncommitted changes; a copy keeps what a run installed."""
-    run_folder = [".run"] if sample == ROOT else []
-    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.pyc", *run_folder)
-    return Path(shutil.copytree(sample, folder, ignore=ignore, symlinks=True))
+    """Copies the sample as git would check it out, with its uncommitted changes; copies share what a run installed."""
+    ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
+    copy = Path(shutil.copytree(sample, folder, ignore=ignore))
+    if sample != ROOT:
+        (copy / ".run").mkdir()
+        for installed in sample.glob(f".run/{NAME}-*"):
+            (copy / ".run" / installed.name).symlink_to(installed)
+    return copy
 
 
 def rename(sample, name):

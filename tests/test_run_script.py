@@ -43,10 +43,9 @@ def commands(tmp_path):
     """A folder for PATH with the commands of this machine, but for those that a test removes or replaces."""
     path = tmp_path / "commands"
     path.mkdir()
-    for folder in reversed(os.environ["PATH"].split(":")):
-        for command in Path(folder).glob("*") if Path(folder).is_dir() else []:
-            (path / command.name).unlink(missing_ok=True)
-            (path / command.name).symlink_to(command)
+    folders = filter(os.path.isdir, reversed(os.environ["PATH"].split(":")))
+    for name, command in {entry.name: entry.path for folder in folders for entry in os.scandir(folder)}.items():
+        os.symlink(command, path / name)
     return path
 
 
