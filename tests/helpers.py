@@ -130,6 +130,11 @@ def copy_sample(folder, sample=ROOT):
     return copy
 
 
+def without_hashes(lock_file):
+    """The text of a lock file without its hashes."""
+    return re.sub(r" \\\n +--hash=\S+", "", lock_file.read_text())
+
+
 def rename(sample, name):
     """Renames a copy as the README says."""
     for path in NAME, f"extensions/{NAME}", f"{NAME}.sh":

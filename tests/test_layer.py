@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import HELLO, NAME, ROOT, Running, copy_sample, free_port, listens, rename, run, wait_until
+from helpers import HELLO, NAME, ROOT, Running, copy_sample, free_port, listens, rename, run, wait_until, without_hashes
 
 RENAMED = "renamed-extension"
 
@@ -26,6 +26,7 @@ def layer(folder):
     target, temporary = folder / "layer", folder / "layer's temporary files"
     temporary.mkdir()
     environment = os.environ | {"TZ": "JST-9", "TMPDIR": str(temporary)}
+    environment |= {"PIP_PREFIX": str(temporary), "PIP_USER": "1", "PIP_REQUIRE_VIRTUALENV": "1"}  # means nothing here
     made = run(sample / "scripts" / "build-layer", env=environment, umask=0o077)
     assert made.stdout == f"layer.zip: /opt/extensions/{RENAMED} and /opt/{RENAMED}\n", made.stderr
     assert not list(temporary.iterdir())
@@ -65,6 +66,15 @@ def test_the_layer_takes_pure_wheels_although_the_lock_file_offers_compiled_ones
     assert re.search(
         r"^charset-normalizer==.*(\n +--hash=.*){3}", (ROOT / NAME / "requirements.txt").read_text(), re.MULTILINE
     )
+
+
+def test_the_layer_refuses_a_lock_file_without_hashes(tmp_path):
+    copy = copy_sample(tmp_path / "copy")
+    lock_file = copy / NAME / "requirements.txt"
+    lock_file.write_text(without_hashes(lock_file))
+    made = run(copy / "scripts" / "build-layer")
+    assert made.returncode != 0
+    assert "Hashes are required in --require-hashes mode" in made.stderr
 
 
 def test_the_layer_runs_at_opt_beside_a_function_that_is_not_in_its_image(layer, installed_sample, tmp_path):

@@ -259,6 +259,24 @@ def test_kills_what_ignores_the_signal(way, sample, stand_in):
         nothing_is_left_of(started, sample)
 
 
+@pytest.mark.slow
+def test_says_when_nothing_answers(sample, tmp_path, engine):
+    mute = tmp_path / "mute daemon"
+    mute.write_text("#!/bin/sh\nexec sleep 60\n")
+    mute.chmod(0o755)
+    environment = {"LAMBDA_RUNTIME_API_DAEMON": str(mute), "BASE_IMAGE": first_base_image()}
+    with running(sample, "--docker", wait=False, **environment) as started:
+        wait_until(lambda: f"nothing answers at 127.0.0.1:{started.port} yet" in started.output, 60)
+
+
+def test_says_with_which_status_the_container_exited(sample, engine):
+    with running(sample, "--docker", BASE_IMAGE=first_base_image()) as started:
+        run("docker", "kill", started.container)
+        assert started.process.wait(60) == 1
+        line = started.output.splitlines()[-1]
+        assert line == f"{NAME}: the container exited with status 137; see its output above"
+
+
 def test_a_failed_build_fails_with_one_line(copy, engine):
     with (copy / "Dockerfile").open("a") as dockerfile:
         dockerfile.write("RUN false\n")
