@@ -130,9 +130,9 @@ def copy_sample(folder, sample=ROOT):
     return copy
 
 
-def without_hashes(lock_file):
-    """The text of a lock file without its hashes."""
-    return re.sub(r" \\\n +--hash=\S+", "", lock_file.read_text())
+def remove_hashes(lock_file):
+    """Rewrites a lock file without its hashes."""
+    lock_file.write_text(re.sub(r" \\\n +--hash=\S+", "", lock_file.read_text()))
 
 
 def rename(sample, name):

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import HELLO, NAME, copy_sample, free_port, install_elsewhere, run, running, without_hashes
+from helpers import HELLO, NAME, copy_sample, free_port, install_elsewhere, remove_hashes, run, running
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux"),
@@ -112,8 +112,7 @@ def test_a_wheel_with_another_hash_fails_with_one_line_that_says_so(folder):
 
 
 def test_a_lock_file_without_hashes_is_refused(copy):
-    lock_file = copy / "requirements.txt"
-    lock_file.write_text(without_hashes(lock_file))
+    remove_hashes(copy / "requirements.txt")
     ran = run(copy / f"{NAME}.sh", "--no-docker", "-p", str(free_port()))
     assert ran.returncode == 1
     assert "Hashes are required in --require-hashes mode" in ran.stderr
