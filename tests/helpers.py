@@ -16,6 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 
 import boto3
@@ -130,6 +131,16 @@ def copy_sample(folder, sample=ROOT):
     return copy
 
 
+@contextlib.contextmanager
+def once(statement):
+    """A line of Python that executes the statement the first time only; it needs os."""
+    done = f"/tmp/{NAME}-{uuid.uuid4()}"  # in the container's /tmp, or this machine's
+    try:
+        yield f"if not os.path.exists({done!r}): os.mkdir({done!r}); {statement}\n"
+    finally:
+        shutil.rmtree(done, ignore_errors=True)
+
+
 def remove_hashes(lock_file):
     """Rewrites a lock file without its hashes."""
     lock_file.write_text(re.sub(r" \\\n +--hash=\S+", "", lock_file.read_text()))
@@ -194,7 +205,7 @@ class Running:
             return error.read()
 
     def invoke_again(self, payload=b"{}"):
-        """Invokes after a failure; once more if AWS's emulator, which was cleaning up after it, canceled this one, too."""
+        """Invokes after a failure; once more if AWS's emulator, cleaning up late, cancels this invocation, too."""
         answer = self.invoke(payload)
         return self.invoke(payload) if b"ErrGateCanceled" in answer else answer
 

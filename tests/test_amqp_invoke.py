@@ -5,9 +5,10 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import amqp_invoke as example
 import pika
 import pytest
-from helpers import NAME, ROOT, amqp_invoke, connect, free_port, wait_until
+from helpers import NAME, amqp_invoke, connect, free_port, wait_until
 
 
 @pytest.fixture
@@ -59,15 +60,12 @@ def test_the_client_accepts_options_between_its_arguments(rabbitmq, queue):
     assert (ran.returncode, ran.stdout) == (0, "answer to [1]\n")
 
 
-def test_one_channel_serves_several_invocations_and_leaves_no_queue(rabbitmq, queue, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from amqp_invoke import invoke
-
+def test_one_channel_serves_several_invocations_and_leaves_no_queue(rabbitmq, queue):
     name, messages = queue
     with connect(rabbitmq) as connection:
         channel = connection.channel()
         channel.confirm_delivery()
-        assert [invoke(channel, name, event) for event in (b"1", b"2")] == [b"answer to 1", b"answer to 2"]
+        assert [example.invoke(channel, name, event) for event in (b"1", b"2")] == [b"answer to 1", b"answer to 2"]
         for properties, _ in messages:
             with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="NOT_FOUND"):
                 connection.channel().queue_declare(properties.reply_to, passive=True)

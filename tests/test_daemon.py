@@ -9,12 +9,12 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 
+import amqp_invoke as example
 import pika
 import pytest
 from helpers import (
@@ -24,10 +24,10 @@ from helpers import (
     CREDENTIALS,
     HELLO,
     NAME,
-    ROOT,
     amqp_invoke,
     connect,
     copy_misbehaving_sample,
+    once,
     real_daemon,
     run,
     running,
@@ -148,15 +148,11 @@ def invoke(request, daemon_run, rabbitmq):
         function = "function" if "function" in request.param else NAME
         return lambda event: json.loads(daemon_run.invoke(event, function))
 
-    from_examples = str(ROOT / "examples")
-    sys.path.insert(0, from_examples)
-    from amqp_invoke import invoke
-
     def by_amqp(event):
         with connect(rabbitmq) as connection:
             channel = connection.channel()
             channel.confirm_delivery()
-            return json.loads(invoke(channel, NAME, event))
+            return json.loads(example.invoke(channel, NAME, event))
 
     wait_until(lambda: amqp_invoke(rabbitmq, NAME).returncode == 0)
     return by_amqp
@@ -284,19 +280,16 @@ def test_a_killed_extension_restarts_and_every_message_is_answered(way, daemon, 
 
 
 def test_an_extension_that_ends_before_it_registers_is_started_again(way, daemon, copy):
-    failed = f"/tmp/{NAME}-{uuid.uuid4()}"  # in the container's /tmp, or this machine's
-    once = f"import os\nif not os.path.exists({failed!r}):\n    os.mkdir({failed!r})\n    os._exit(1)\n"
     extension = copy / NAME / "extension.py"
-    extension.write_text(once + extension.read_text())
-    with with_daemon(way, copy, daemon, AMQP_URI="") as started:
+    with once("os._exit(1)") as line:
+        extension.write_text(f"import os\n{line}{extension.read_text()}")
+        with with_daemon(way, copy, daemon, AMQP_URI="") as started:
 
-        def answer():
-            with contextlib.suppress(OSError):  # the invocation that started it gets no answer
-                return started.invoke(function=NAME, timeout=5)
+            def answer():
+                with contextlib.suppress(OSError):  # the invocation that started it gets no answer
+                    return started.invoke(function=NAME, timeout=5)
 
-        assert json.loads(wait_until(answer, 60)) == HELLO
-    if os.path.exists(failed):
-        os.rmdir(failed)
+            assert json.loads(wait_until(answer, 60)) == HELLO
 
 
 def has_queue(rabbitmq, name):

@@ -18,8 +18,8 @@ from helpers import (
     RECEIVED,
     copy_misbehaving_sample,
     first_base_image,
-    free_port,
     missing,
+    once,
     processes_of,
     run,
     running,
@@ -201,20 +201,16 @@ def test_the_run_says_why_the_emulator_crashes_on_a_second_invocation_at_a_time(
 )
 def test_an_extension_that_fails_fails_its_invocation_and_is_started_again(way, copy, failure, status, answer):
     option, environment = way
-    failed = f"/tmp/{NAME}-{free_port()}"  # in the container's /tmp, or this machine's
-    once = f"if not os.path.exists({failed!r}):\n        os.mkdir({failed!r})\n        {failure}\n    log("
     extension = copy / NAME / "extension.py"
-    extension.write_text(extension.read_text().replace(f'log(f"{RECEIVED}', f'{once}f"{RECEIVED}'))
-    try:
+    logging = f'log(f"{RECEIVED}'
+    with once(failure) as line:
+        extension.write_text(extension.read_text().replace(logging, f"{line}    {logging}"))
         with running(copy, option, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT), **environment) as started:
             url = f"{started.endpoint}/2015-03-31/functions/function/invocations"
             invoked = run("curl", "-sS", "-w", " %{http_code}", "-d", "{}", url)
             assert invoked.stdout.encode() == answer + f" {status}".encode()
             assert json.loads(started.invoke_again()) == HELLO
             assert started.output.count("Registered with ID") > 1
-    finally:
-        if os.path.exists(failed):
-            os.rmdir(failed)
 
 
 def test_docker_stop_ends_it_within_two_seconds(sample, engine):
