@@ -205,9 +205,13 @@ class Running:
             return error.read()
 
     def invoke_again(self, payload=b"{}"):
-        """Invokes after a failure; once more if AWS's emulator, cleaning up late, cancels this invocation, too."""
-        answer = self.invoke(payload)
-        return self.invoke(payload) if b"ErrGateCanceled" in answer else answer
+        """Invokes after a failure, until AWS's emulator, cleaning up late, no longer cancels the invocation."""
+
+        def answer():
+            body = self.invoke(payload)
+            return body if b"ErrGateCanceled" not in body else None
+
+        return wait_until(answer)
 
     def boto3_answer(self, function="function"):
         """Invokes the function with the AWS SDK and returns its answer, from JSON."""
