@@ -4,128 +4,116 @@ https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html
 """
 
 import contextlib
-import http.client
 import json
 import os
+import re
+import select
 
-API_PATH = "/2020-01-01/extension"
-NAME_HEADER = "Lambda-Extension-Name"
-IDENTIFIER_HEADER = "Lambda-Extension-Identifier"
-ERROR_TYPE_HEADER = "Lambda-Extension-Function-Error-Type"
-JSON = {"Content-Type": "application/json"}
 INVOKE, SHUTDOWN = "INVOKE", "SHUTDOWN"  # event types
-POST_SECONDS = 5  # Lambda answers every POST at once
+API = "/2020-01-01/extension"
+NEXT = f"{API}/event/next"
+IDENTIFIER, ERROR_TYPE = "Lambda-Extension-Identifier", "Lambda-Extension-Function-Error-Type"  # headers
+ANSWER_SECONDS = 5  # Lambda answers at once, unless it is asked for an event
+TEXT_LENGTH = 1000  # of an error, at most
 
 
 class ExtensionsApiError(Exception):
-    """The API is unreachable, refuses, or sends an invalid response. The text is one line: the request, and why.
+    """The API is unreachable, refuses, or sends an invalid response. The text is one line: the request, and why."""
 
-    error_type (str or None) is the errorType in the API's response, such as "Extension.InvalidEventType".
-    """
-
-    def __init__(self, message, error_type=None):
-        printable = (c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
-        super().__init__("".join(printable))
-        self.error_type = error_type
+    def __init__(self, text):
+        super().__init__(" ".join(text[:TEXT_LENGTH].split()).encode("unicode_escape").decode())
 
 
 class ExtensionsApi:
-    """One extension's connection to Lambda. register() and events() raise ExtensionsApiError when they fail."""
+    """One extension's connection to Lambda. All methods but report() raise ExtensionsApiError when they fail.
+
+    It has two HTTP clients, because requests takes longer to import than all else in a cold start: http.client asks
+    first, and a session of requests, once it is open, for event after event.
+    """
 
     def __init__(self, name):
-        self.name = name  # str: the file's name in /opt/extensions
-        self.identifier = None  # str, once registered
-        self._address = os.environ.get("AWS_LAMBDA_RUNTIME_API")  # host:port
-        self._phase = "init"  # "exit" once events are asked for
+        self.session = None  # requests.Session, once open
+        self._sender = {"Lambda-Extension-Name": name}  # a header; once registered, the identifier's
+        self._phase = None  # "init" once registered, "exit" once events are asked for
+        self._connection = None  # http.client's, while idle
+        self._address = os.environ.get("AWS_LAMBDA_RUNTIME_API", "").strip()
+        self._url = f"http://{self._address}"
 
     def register(self):
-        """Registers for INVOKE and SHUTDOWN ("Register" in the API's documentation) and sets the identifier.
-
-        Lambda Managed Instances run invocations concurrently and offer extensions SHUTDOWN alone.
-        """
-        if not self._address:
-            raise ExtensionsApiError("AWS_LAMBDA_RUNTIME_API is not set: Lambda, or its emulator, must start this")
+        """Registers for INVOKE and SHUTDOWN ("Register" in the documentation) and returns the identifier (str)."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]+", self._address):
+            raise ExtensionsApiError("AWS_LAMBDA_RUNTIME_API is not HOST:PORT: Lambda, or its emulator, sets it")
         managed = os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "lambda-managed-instances"
-        try:
-            headers = self._register([SHUTDOWN] if managed else [INVOKE, SHUTDOWN])
-        except ExtensionsApiError as error:
-            if managed or error.error_type != "Extension.InvalidEventType":
-                raise
-            headers = self._register([SHUTDOWN])
-        self.identifier = headers.get(IDENTIFIER_HEADER)
-        if not self.identifier:
-            raise ExtensionsApiError(f"POST {self._url('register')}: no {IDENTIFIER_HEADER} in the response")
+        events = [SHUTDOWN] if managed else [INVOKE, SHUTDOWN]  # they run many invocations at once
+        _, headers, _ = self.send("POST", f"{API}/register", {"events": events})
+        identifier = headers.get(IDENTIFIER, "")
+        if not re.fullmatch("[!-~]+", identifier):  # printable ASCII
+            raise ExtensionsApiError(f"POST {self._url}{API}/register: no valid {IDENTIFIER} in the response")
+        self._sender = {IDENTIFIER: identifier}
+        self._phase = "init"
+        return identifier
 
-    def events(self):
-        """Yields each event ("Next"), a dict with an eventType (str), until SHUTDOWN. Call it after register()."""
-        import requests  # slow, so it runs after registration, while Lambda starts the runtime
+    def next_event(self):
+        """Waits for the next event ("Next") and returns it: a dict with an eventType (str)."""
+        self._phase = "exit"
+        asked = f"GET {self._url}{NEXT}"
+        _, _, content = checked(asked, self._ask_session if self.session else lambda: self._ask("GET", NEXT))
+        with contextlib.suppress(Exception):  # not JSON, nested too deeply, not a dict, no eventType
+            event = json.loads(content)
+            if isinstance(event["eventType"], str):
+                return event
+        raise ExtensionsApiError(f"{asked}: not an event: {content[:TEXT_LENGTH].decode(errors='replace')}")
 
-        session = requests.Session()
-        session.trust_env = False  # HTTP_PROXY, NO_PROXY and ~/.netrc are meant for external hosts
-        headers = {IDENTIFIER_HEADER: self.identifier}
-        request = session.prepare_request(requests.Request("GET", self._url("event/next"), headers))
-        asked, self._phase = f"GET {request.url}", "exit"
-        while True:
-            try:
-                response = session.send(request, allow_redirects=False, timeout=None)
-            except OSError as error:  # the base of every requests exception
-                raise ExtensionsApiError(f"{asked}: {error}") from error
-            check(asked, response.status_code, response.content)
-            try:
-                event = json.loads(response.content)
-            except ValueError:
-                event = None
-            if not isinstance(event, dict) or not isinstance(event.get("eventType"), str):
-                raise ExtensionsApiError(f"{asked}: not an event: {response.content[:200]!r}")
-            yield event
-            if event["eventType"] == SHUTDOWN:
-                return
+    def open_session(self):
+        """Opens the session, with one pooled connection, that next_event() uses from then on."""
+        import requests
 
-    def report(self, error):
-        """Reports the exception that ends this extension ("Init error" or "Exit error").
+        self.session = requests.Session()
+        self.session.trust_env = False  # HTTP_PROXY, NO_PROXY and ~/.netrc are meant for external hosts
+        self._request = self.session.prepare_request(requests.Request("GET", f"{self._url}{NEXT}", self._sender))
 
-        Does nothing before registration, and ignores a report that fails.
-        """
-        if not self.identifier:
-            return
-        import traceback
+    def send(self, method, path, body, headers=None):
+        """Sends a body that JSON can hold; returns the response's status (int), headers and content (bytes)."""
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        request = method, path, json.dumps(body), headers, ANSWER_SECONDS
+        return checked(f"{method} {self._url}{path}", lambda: self._ask(*request))
 
-        is_bug = not isinstance(error, ExtensionsApiError)
-        body = {
-            "errorMessage": str(error),
-            "errorType": f"Extension.{type(error).__name__}",
-            "stackTrace": traceback.format_tb(error.__traceback__) if is_bug else [],
-        }
-        headers = {IDENTIFIER_HEADER: self.identifier, ERROR_TYPE_HEADER: body["errorType"]}
-        with contextlib.suppress(ExtensionsApiError):
-            self._post(f"{self._phase}/error", headers, body)
+    def report(self, name, text, traceback):
+        """Reports an exception ("Init error", "Exit error"): its name and text (str), and its traceback (lines)."""
+        error_type = "Extension." + name.encode("unicode_escape").decode()
+        body = {"errorMessage": text[:TEXT_LENGTH], "errorType": error_type, "stackTrace": traceback}
+        if self._phase:
+            with contextlib.suppress(ExtensionsApiError):
+                self.send("POST", f"{API}/{self._phase}/error", body, {ERROR_TYPE: error_type})
 
-    def _register(self, events):
-        return self._post("register", {NAME_HEADER: self.name}, {"events": events})
+    def _ask_session(self):
+        response = self.session.send(self._request, allow_redirects=False, timeout=None)
+        return response.status_code, response.headers, response.content
 
-    def _post(self, path, headers, body):
-        asked = f"POST {self._url(path)}"
-        try:
-            with contextlib.closing(http.client.HTTPConnection(self._address, timeout=POST_SECONDS)) as connection:
-                connection.request("POST", f"{API_PATH}/{path}", json.dumps(body), JSON | headers)
-                response = connection.getresponse()
-                content = response.read()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ExtensionsApiError(f"{asked}: {type(error).__name__}: {error}") from error
-        check(asked, response.status, content)
-        return response.headers
+    def _ask(self, method, path, body=None, headers=None, seconds=None):
+        """Asks with http.client. No read takes longer than those seconds."""
+        import http.client  # slow, so not before signals are caught
 
-    def _url(self, path):
-        return f"http://{self._address}{API_PATH}/{path}"
+        connection, self._connection = self._connection, None
+        # A connection that is readable while idle was closed by the server.
+        if not connection or not connection.sock or select.select([connection.sock], [], [], 0)[0]:
+            connection = http.client.HTTPConnection(self._address, timeout=ANSWER_SECONDS)
+            connection.connect()
+        connection.sock.settimeout(seconds)
+        connection.request(method, path, body, self._sender | (headers or {}))
+        response = connection.getresponse()
+        content = response.read()
+        self._connection = connection
+        return response.status, response.headers, content
 
 
-def check(asked, status, content):
-    """Raises ExtensionsApiError unless status (int) means success. content (bytes) is the response's body."""
-    if 200 <= status < 300:
-        return
+def checked(asked, ask):
+    """Returns the status, headers and content that ask() returns, if they mean success."""
     try:
-        error = json.loads(content)
-        error_type, message = error["errorType"], error["errorMessage"]
-    except (ValueError, TypeError, KeyError):
-        error_type, message = None, content[:200].decode(errors="replace")
-    raise ExtensionsApiError(f"{asked}: {status} {error_type or ''} {message}", error_type)
+        status, headers, content = ask()
+        if 200 <= status < 300:
+            return status, headers, content
+        reason = f"{status} {content[:TEXT_LENGTH].decode(errors='replace')}"
+    except Exception as error:  # HTTP clients raise more than they document
+        reason = f"{type(error).__name__}: {error}"
+    raise ExtensionsApiError(f"{asked}: {reason}")
