@@ -104,8 +104,16 @@ def extension(folder):
     installed = run("python3", "-m", "pip", "install", "--quiet", "--target", target, "-r", requirements)
     assert installed.returncode == 0, installed.stderr
     for source in (ROOT / NAME).glob("*.py"):
-        (target / source.name).write_bytes(source.read_bytes())
+        shutil.copy(source, target)
     return target / "extension.py"
+
+
+@pytest.fixture(scope="session")
+def obedient(extension, folder):
+    """The same, but it does what its events say."""
+    target = folder / "obedient" / NAME
+    shutil.copytree(extension.parent, target)
+    return shutil.copy(ROOT / "tests" / "obedient_extension.py", target / "extension.py")
 
 
 @pytest.fixture(scope="session")

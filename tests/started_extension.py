@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,11 @@ class StartedExtension:
     def stderr(self):
         return self._stderr.read_text()
 
+    @property
+    def received(self):
+        """The types of the events that process() got."""
+        return re.findall(r'Received event: {"eventType": "(\w+)"', self.stdout)
+
 
 @contextlib.contextmanager
 def started(extension, api, prefix=(), **environment):
@@ -51,13 +55,3 @@ def end_of(extension, api, prefix=(), **environment):
     """Runs the extension to its end and returns exit status, output and error output."""
     with started(extension, api, prefix, **environment) as it:
         return it.process.wait(60), it.stdout, it.stderr
-
-
-def replace_process(extension, source, folder):
-    """Copies the extension into that folder, with this source in place of its process(event)."""
-    target = Path(shutil.copytree(extension.parent, folder / NAME)) / "extension.py"
-    before, after = re.split(
-        r"^def process\(event\):\n.*?(?=\n\n\n)", target.read_text(), flags=re.MULTILINE | re.DOTALL
-    )
-    target.write_text(before + source + after)
-    return target

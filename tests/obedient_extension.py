@@ -1,0 +1,23 @@
+"""An extension that does what it is told, in Python: by each event, and by the environment; for tests, as extension.py."""
+
+import json
+import os
+import sys  # noqa: F401
+import time  # noqa: F401
+
+from lifecycle import log, run
+
+
+def do(what, event=None):
+    exec(what or "", {**globals(), "event": event})
+
+
+def process(event):
+    log(f"Received event: {json.dumps(event)}")
+    do(event.get("do"), event)
+    if event.get("eventType") == "SHUTDOWN":
+        do(os.environ.get("AT_SHUTDOWN"), event)
+    log("Done")
+
+
+run(process, lambda: do(os.environ.get("AT_INIT")))

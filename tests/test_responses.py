@@ -1,0 +1,104 @@
+"""Whatever an API answers, and whatever its address is, is an error in one line, or none.
+
+FUZZ_CASES=5000 ./tests/run.sh -k responses tries more of them than the few hundred of an ordinary run.
+"""
+
+import importlib
+import os
+import re
+import sys
+
+import pytest
+from extensions_api_server import REGISTERED, ExtensionsApiServer
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ_CASES", "200")),
+    derandomize=True,  # the same cases every time
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+STATUS_LINES = st.sampled_from(
+    [b"HTTP/1.1 200 OK", b"HTTP/1.0 200 OK", b"HTTP/1.1 302 Found", b"HTTP/1.1 403 Forbidden", b"HTTP/1.1 204 None",
+     b"HTTP/1.1 100 Continue", b"HTTP/1.1 99999 Many", b"HTTP/1.1 -1 Less", b"HTTP/9 200", b"220 ESMTP", b""]
+)  # fmt: skip
+HEADERS = st.sampled_from(
+    [b"Location: http://[", b"Location: http://a..b/", b"Location: //" + b"x" * 64 + b".y/", b"Location: \xff\xfe",
+     b"Content-Length: 1" + b"0" * 30, b"Content-Length: -5", b"Content-Length: five", b"Content-Length: 7",
+     b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Content-Type: text/html; charset=no-such", b"No colon",
+     b"Set-Cookie: \x00=\x01; expires=never", b"X: " + b"y" * 70_000, b"Lambda-Extension-Identifier: \x1b[31m",
+     b"Lambda-Extension-Identifier: one\r\n two", b"Lambda-Extension-Identifier: \xa0", b"Connection: close"]
+)  # fmt: skip
+BODIES = st.sampled_from(
+    [b'{"eventType": "INVOKE"}', b'{"eventType": ["\x1b"]}', b"[" * 2_000, b'{"errorType":' * 2_000, b"-5\r\nabc\r\n0\r\n\r\n",
+     b"zz\r\n", b'{"errorType": "\xe2\x80\xae", "errorMessage": 1e999}', b'"\\ud800"', b"9" * 5_000, b"\xef\xbb\xbf{}"]
+) | st.binary(max_size=50)  # fmt: skip
+
+
+@st.composite
+def responses(draw):
+    head = [draw(STATUS_LINES), *draw(st.lists(HEADERS | st.binary(max_size=30), max_size=4))]
+    response = b"\r\n".join([*head, b"", draw(BODIES)])
+    return response[: draw(st.integers(0, len(response)) | st.just(len(response)))]
+
+
+def sent(response):
+    """An answer of the server: these bytes, and the end of the connection."""
+
+    def send(connection):
+        connection.sendall(response)
+        connection.shutdown(2)
+
+    return send
+
+
+@pytest.fixture(scope="module")
+def client(extension):
+    """The client's module, with the extension's own packages."""
+    sys.path.insert(0, str(extension.parent))
+    yield importlib.import_module("extensions_api")
+    sys.path.remove(str(extension.parent))
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ExtensionsApiServer() as server:
+        yield server
+
+
+def in_one_line(client, call):
+    """Asserts that the call succeeds, or fails with one line."""
+    try:
+        return call()
+    except client.ExtensionsApiError as error:
+        assert str(error).isprintable()
+        assert len(str(error)) < 10 * client.TEXT_LENGTH
+
+
+@fuzz
+@given(response=responses())
+def test_responses_to_each_request(client, server, monkeypatch, response):
+    monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", server.address)
+    server.requests.clear()
+    server.answers |= {"register": [sent(response)], "event/next": [sent(response)], "error": [sent(response)]}
+    in_one_line(client, client.ExtensionsApi("name").register)
+    server.answers["register"] = [REGISTERED]
+    api = client.ExtensionsApi("name")
+    api.register()
+    in_one_line(client, api.next_event)
+    api.report("Error", "text", [])
+    api.open_session()
+    in_one_line(client, api.next_event)
+    api.report("Error", "text", [])
+
+
+@fuzz
+@given(address=st.text(alphabet=":[]@+-./%\\ \n\x1b\xa0ａa1", max_size=12))
+def test_responses_from_no_address(client, monkeypatch, address):
+    assume(not re.fullmatch(r"[a1.-]+:1+", address.strip()))  # which may be another machine's
+    monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", address)
+    with pytest.raises(client.ExtensionsApiError, match="is not HOST:PORT"):
+        client.ExtensionsApi("name").register()
