@@ -9,7 +9,7 @@ import sys
 import time
 
 sys.path.insert(0, sys.argv[1])
-import lifecycle  # noqa: E402
+import lifecycle
 
 endings, events, got = {}, [], []
 
