@@ -118,3 +118,5 @@ class ExtensionsApiServer:
                     connection.sendall(now)
         except OSError:
             pass
+        finally:
+            connection.close()

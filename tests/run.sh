@@ -10,4 +10,5 @@ cd "$(dirname "$0")/.."
 venv tests/requirements.txt .venv/tests
 case " $* " in *" --all "*) venv tests/requirements-all.txt .venv/tools ;; esac
 # Last on PATH, so that the sample under test still finds the python3 that its users have.
-PATH=$PATH:$PWD/.venv/tests/bin PYTHONDONTWRITEBYTECODE=1 exec .venv/tests/bin/python3 -m pytest "$@"
+export HYPOTHESIS_STORAGE_DIRECTORY=.venv/hypothesis PYTHONDONTWRITEBYTECODE=1
+PATH=$PATH:$PWD/.venv/tests/bin exec .venv/tests/bin/python3 -m pytest "$@"

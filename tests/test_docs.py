@@ -1,6 +1,5 @@
 """The README and the pages behind it keep what they promise."""
 
-import json
 import re
 
 import pytest
@@ -90,9 +89,3 @@ def test_the_default_broker_is_that_of_the_script():
     assert default in (ROOT / f"{NAME}.sh").read_text()
     for example in "compose.yaml", "kubernetes.yaml":
         assert f"amqp://rabbitmq{default}\n" in (ROOT / "examples" / example).read_text()
-
-
-def test_the_answer_in_the_readme_is_the_functions_own():
-    (answer,) = code_blocks("README.md", "Invoke it", "json")
-    function = "import json, lambda_function; print(json.dumps(lambda_function.lambda_handler({}, None)))"
-    assert json.loads(answer) == json.loads(run("python3", "-c", function, cwd=ROOT).stdout)
