@@ -106,7 +106,7 @@ class ExtensionsApiServer:
                     data += connection.recv(65536)
                 request.body, data = data, b""
                 self.requests.append(request)
-                answers = self.answers[request.path.split("/extension/")[1].replace("init/", "").replace("exit/", "")]
+                answers = next(answers for end, answers in self.answers.items() if request.path.endswith(end))
                 if not answers:
                     continue
                 now = answers.pop(0) if len(answers) > 1 else answers[0]

@@ -1,0 +1,79 @@
+"""A collector of batches on loopback that does what the test wants."""
+
+import gzip
+import time
+
+from extensions_api_server import ExtensionsApiServer, answer, reset
+
+TOKEN = "secret"
+
+
+class Collector(ExtensionsApiServer):
+    """Answers one batch after the other; the last answer repeats. It keeps what it was sent, whatever it answered."""
+
+    def __init__(self, *answers):
+        super().__init__()
+        self.answers = {"": list(answers)}
+        self.url = f"http://{self.address}/records?token={TOKEN}"
+
+    @property
+    def records(self):
+        return [record for request in self.requests for record in request.json]
+
+
+def hangs(connection):
+    """Gives no answer."""
+
+
+def slow(seconds):
+    return lambda connection: (time.sleep(seconds), connection.sendall(answer()))
+
+
+def deaf(connection):
+    """Answers this request, and no other one on the same connection, as after a freeze."""
+    connection.sendall(answer())
+    time.sleep(60)
+
+
+def drips(start):
+    """Gives an answer with that start (bytes) and no end, a byte from time to time."""
+
+    def drip(connection):
+        connection.sendall(start)
+        while True:
+            time.sleep(0.2)
+            connection.sendall(b"x")
+
+    return drip
+
+
+def bomb(status, **headers):
+    """Gives an answer of a few kilobytes that is large for those who read it."""
+    headers["Content_Encoding"] = "gzip"
+    return lambda connection: connection.sendall(answer(status, gzip.compress(bytes(200_000_000), 1), **headers))
+
+
+# What a collector does with a batch that it has taken.
+SUCCESSES = {
+    "works": answer(),
+    "accepts": answer(202),
+    "is slow": slow(0.5),
+    "is slower than the deadline": slow(1.3),
+    "answers once on a connection": deaf,
+    "drips the body of its answer": drips(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"),
+    "answers with a bomb": bomb(200),
+}
+# What it does with others, and the reason in the log.
+FAILURES = {
+    "refuses": (answer(503), "status 503"),
+    "redirects": (answer(302, Location="/elsewhere"), "status 302"),
+    "redirects to half an address": (answer(302, Location="http://["), "status 302"),
+    "redirects to an empty label": (answer(302, Location="http://a..b/"), "status 302"),
+    "redirects to a label of 64 characters": (answer(302, Location=f"http://{64 * 'a'}/"), "status 302"),
+    "redirects with a bomb": (bomb(302, Location="/elsewhere"), "status 302"),
+    "resets": (reset, "ConnectionResetError"),
+    "closes": (None, "RemoteDisconnected"),
+    "speaks no HTTP": (b"What?\r\n\r\n", "BadStatusLine"),
+    "hangs": (hangs, "no answer"),
+    "drips": (drips(b"HTTP/1.1 200 OK\r\nX: "), "no answer"),
+}
