@@ -33,7 +33,7 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
         "DeleteRole": "<R></R>",
         "DeleteLogGroup": {},
         "POST /2015-03-31/functions": {"FunctionName": NAME, "State": "Pending"},
-        f"GET /2015-03-31/functions/{NAME}": {"Configuration": {"State": "Active"}},
+        f"GET /2015-03-31/functions/{NAME}": {"Configuration": {"State": "Active", "LastUpdateStatus": "Successful"}},
         f"POST /2015-03-31/functions/{NAME}/invocations": HELLO,
         "FilterLogEvents": {"events": [{"message": f"[{NAME}] {RECEIVED}"}]},
         f"POST /2018-10-31/layers/{NAME}/versions": {"LayerVersionArn": "arn:layer:1"},
