@@ -4,8 +4,8 @@ ARG EXTENSION=python-example-extension
 
 FROM ${BASE_IMAGE} AS python
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates python3 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /usr/share/man/* /usr/share/doc/*/*.gz
 ENV LAMBDA_TASK_ROOT=/var/task
 
 FROM python AS dependencies
@@ -30,9 +30,10 @@ COPY lambda-entrypoint.sh ./
 COPY *.py .${LAMBDA_TASK_ROOT}/
 COPY extensions/${EXTENSION} opt/extensions/
 COPY ${EXTENSION}/*.py opt/${EXTENSION}/
-# Whatever the modes in the checkout: readable by any user, the two scripts executable.
+# Whatever the checkout: readable by any user, the two scripts executable and without Windows line endings.
 RUN chmod -R u=rwX,go=rX . \
     && chmod 755 lambda-entrypoint.sh opt/extensions/* \
+    && sed -i 's/\r$//' lambda-entrypoint.sh opt/extensions/* \
     && mkdir var/runtime \
     && ln -s /lambda-entrypoint.sh var/runtime/bootstrap \
     && python3 -m compileall -q --invalidation-mode unchecked-hash .
@@ -53,9 +54,11 @@ RUN pip3 install --no-compile --target sam -r requirements-rie.txt \
         aarch64) cpu=arm64 ;; \
         *) echo "there is no emulator for the CPU $(uname -m)" && exit 1 ;; \
     esac \
-    && install -D "sam/samcli/local/rapid/aws-lambda-rie-$cpu" /image/usr/local/bin/aws-lambda-rie
+    && mkdir -p /image/usr/local/bin \
+    && mv "sam/samcli/local/rapid/aws-lambda-rie-$cpu" /image/usr/local/bin/aws-lambda-rie
 
-# The same with the Runtime Interface Emulator, to run anywhere else, as a user that no machine has.
+# The same with the Runtime Interface Emulator, to run anywhere else, as a user ID that is not in use:
+# https://systemd.io/UIDS-GIDS
 FROM lambda
 COPY --from=rie /image/usr /usr
-USER 54321:54321
+USER 60999:60999

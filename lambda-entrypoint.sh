@@ -8,6 +8,11 @@ if [ $# -gt 1 ] || [ -z "${1:-${_HANDLER:-}}" ]; then
 fi
 
 cd "${LAMBDA_TASK_ROOT:-.}" || exit # where the function and its dependencies are, whatever the working directory
-set -- python3 -m awslambdaric "${1:-$_HANDLER}"
+export _HANDLER="${1:-$_HANDLER}"
+set -- python3 -m awslambdaric "$_HANDLER"
+if [ -n "${AWS_LAMBDA_EXEC_WRAPPER:-}" ]; then
+    # It may change _HANDLER: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-modify.html#runtime-wrapper
+    set -- "$AWS_LAMBDA_EXEC_WRAPPER" env -u AWS_LAMBDA_EXEC_WRAPPER "$0"
+fi
 [ -n "${AWS_LAMBDA_RUNTIME_API:-}" ] || set -- /usr/local/bin/aws-lambda-rie "$@"
 exec "$@"

@@ -36,8 +36,9 @@ def invoke(channel, function, event, seconds=30):
             if method and properties.correlation_id == correlation_id:
                 return answer
     finally:
-        channel.cancel()
-        channel.queue_delete(answers)
+        if channel.is_open:
+            channel.cancel()
+            channel.queue_delete(answers)
     raise TimeoutError(f"no answer from {function} within {seconds} s")
 
 
@@ -51,7 +52,12 @@ def main():
     parser.add_argument("event", nargs="?", default="{}", help="JSON (default: {})")
     parser.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for the answer (default: 30)")
     options = parser.parse_intermixed_args()
-    parameters = pika.URLParameters(os.environ.get("AMQP_URI", "amqp://localhost"))
+    uri = os.environ.get("AMQP_URI", "amqp://localhost")
+    try:
+        uri.index("://")  # without a scheme pika takes it for something else
+        parameters = pika.URLParameters(uri)
+    except ValueError:
+        sys.exit("AMQP_URI takes amqp://user:password@host:port")
     broker = f"{parameters.host}:{parameters.port}"
     try:
         with pika.BlockingConnection(parameters) as connection:
@@ -60,10 +66,10 @@ def main():
             print(invoke(channel, options.function, options.event.encode(), options.timeout).decode())
     except pika.exceptions.UnroutableError:
         sys.exit(f"nothing serves the function {options.function}: it has no queue at {broker}")
-    except pika.exceptions.AMQPConnectionError as error:
-        sys.exit(f"no RabbitMQ at {broker}, or access denied: {error!r}")
     except TimeoutError as error:
         sys.exit(str(error))
+    except (pika.exceptions.AMQPError, OSError) as error:
+        sys.exit(f"no RabbitMQ at {broker}, or access denied: {error!r}")
 
 
 if __name__ == "__main__":

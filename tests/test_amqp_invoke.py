@@ -1,5 +1,9 @@
 """examples/amqp_invoke.py, with a real RabbitMQ."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -8,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import amqp_invoke as example
 import pika
 import pytest
-from helpers import NAME, amqp_invoke, connect, free_port, wait_until
+from helpers import NAME, ROOT, amqp_invoke, connect, free_port, run, wait_until
+
+CLIENT = ROOT / "examples" / "amqp_invoke.py"
 
 
 @pytest.fixture
@@ -116,8 +122,31 @@ def test_the_client_says_when_nothing_serves_the_function(rabbitmq):
     assert "nothing serves the function no-such-function" in ran.stderr
 
 
-def test_the_client_says_when_there_is_no_broker():
-    ran = amqp_invoke(free_port(), NAME)
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("amqp://user:secret@localhost:{port}", "no RabbitMQ at localhost:{port}, or access denied"),
+        ("amqp://user:secret@no-such-host.invalid", "no RabbitMQ at no-such-host.invalid:5672, or access denied"),
+        ("user:secret@localhost", "AMQP_URI takes amqp://"),
+        ("amqp://user:secret@localhost:port", "AMQP_URI takes amqp://"),
+    ],
+)
+def test_the_client_says_in_one_line_that_there_is_no_broker(uri, said):
+    port = free_port()
+    ran = run(sys.executable, CLIENT, NAME, env=os.environ | {"AMQP_URI": uri.format(port=port)})
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
-    assert ran.stderr.startswith("no RabbitMQ at localhost:")
+    assert ran.stderr.startswith(said.format(port=port))
     assert "secret" not in ran.stderr
+
+
+def test_the_client_says_in_one_line_that_it_lost_the_broker(rabbitmq, queue):
+    environment = os.environ | {"AMQP_URI": f"amqp://localhost:{rabbitmq}?heartbeat=1"}
+    command = [sys.executable, CLIENT, queue[0], '"keep quiet"']
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as client:
+        wait_until(lambda: queue[1])
+        client.send_signal(signal.SIGSTOP)
+        time.sleep(4)  # RabbitMQ closes the connection
+        client.send_signal(signal.SIGCONT)
+        stderr = client.stderr.read()
+    assert (client.returncode, stderr.count("\n")) == (1, 1)
+    assert stderr.startswith(f"no RabbitMQ at localhost:{rabbitmq}")

@@ -9,7 +9,7 @@ import threading
 import urllib.parse
 
 import pytest
-from helpers import AWS_CLI, CREDENTIALS, HELLO, NAME, RECEIVED, run
+from helpers import AWS_CLI, CREDENTIALS, HELLO, NAME, RECEIVED, ROOT, run, tool
 from test_docs import code_blocks
 
 pytestmark = pytest.mark.slow
@@ -38,6 +38,10 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
         "FilterLogEvents": {"events": [{"message": f"[{NAME}] {RECEIVED}"}]},
         f"POST /2018-10-31/layers/{NAME}/versions": {"LayerVersionArn": "arn:layer:1"},
         "PUT /2015-03-31/functions/my-function/configuration": {},
+        "ListStackResources": "<R><ListStackResourcesResult><StackResourceSummaries><member>"
+        f"<LogicalResourceId>HelloFunction</LogicalResourceId><PhysicalResourceId>{NAME}</PhysicalResourceId>"
+        "<ResourceType>AWS::Lambda::Function</ResourceType><ResourceStatus>CREATE_COMPLETE</ResourceStatus>"
+        "</member></StackResourceSummaries></ListStackResourcesResult></R>",
     }
 
     def do_POST(self):
@@ -73,10 +77,11 @@ def aws_shell(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")} | CREDENTIALS
     environment |= {
-        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PATH": f"{commands}:{os.environ['PATH']}:{ROOT / '.venv' / 'sam' / 'bin'}",
         "HOME": str(tmp_path),
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
         "AWS_REGION": "eu-central-1",
+        "SAM_CLI_TELEMETRY": "0",
     }
 
     def start(block, cwd):
@@ -107,6 +112,14 @@ def test_the_commands_create_and_invoke_the_function(aws_shell, sample):
     assert created["Role"] == AwsApi.role
     assert json.dumps(HELLO) in stdout
     assert asked["FilterLogEvents"]["logGroupName"] == f"/aws/lambda/{NAME}"
+    assert f"[{NAME}] {RECEIVED}" in stdout
+
+
+def test_sam_shows_the_logs_of_the_stack(aws_shell, sample):
+    tool("sam")
+    logs, *_ = code_blocks("docs/deploying.md", "With AWS SAM")[0].splitlines()
+    asked, _, stdout = aws_shell(logs, sample)
+    assert asked["ListStackResources"]["StackName"] == NAME
     assert f"[{NAME}] {RECEIVED}" in stdout
 
 

@@ -20,7 +20,7 @@ from helpers import (
 )
 
 pytestmark = pytest.mark.slow
-RABBITMQ = "rabbitmq:4"
+RABBITMQ = "rabbitmq:4.2"
 
 
 def compose():
@@ -43,9 +43,12 @@ def rabbitmq_image(daemon, engine, tmp_path):
         yield
         return
     install = "apt-get update && apt-get install -y --no-install-recommends rabbitmq-server"
-    # One user, so that server and diagnostics share a cookie, as in the image of that name.
-    server = 'USER rabbitmq\nENV HOME=/var/lib/rabbitmq\nENTRYPOINT ["/usr/lib/rabbitmq/bin/rabbitmq-server"]'
-    (tmp_path / "Dockerfile").write_text(f"FROM {first_base_image()}\nRUN {install}\n{server}\n")
+    # As in the image of that name, the server runs as user rabbitmq, and health checks as root.
+    user = ["setpriv", "--reuid=rabbitmq", "--regid=rabbitmq", "--init-groups"]
+    entrypoint = json.dumps([*user, "/usr/lib/rabbitmq/bin/rabbitmq-server"])
+    home = "ENV HOME=/var/lib/rabbitmq PATH=/usr/lib/rabbitmq/bin:$PATH"
+    dockerfile = f"FROM {first_base_image()}\nRUN {install}\n{home}\nENTRYPOINT {entrypoint}\n"
+    (tmp_path / "Dockerfile").write_text(dockerfile)
     built = run("docker", "build", "--tag", RABBITMQ, tmp_path)
     assert built.returncode == 0, built.stderr
     yield
@@ -62,7 +65,7 @@ def test_one_command_starts_broker_daemon_and_function(daemon, rabbitmq_image):
     }
     command = [*compose(), "--file", ROOT / "examples" / "compose.yaml"]
     try:
-        up = run(*command, "up", "--build", "--detach", env=environment)
+        up = run(*command, "up", "--build", "--detach", env=environment)  # docker-compose 1 has no --wait
         assert up.returncode == 0, up.stdout + up.stderr
         uri = f"amqp://{AMQP_USERNAME}:{AMQP_PASSWORD.replace(' ', '%20')}@localhost:5672"
         client = [ROOT / "examples" / "amqp_invoke.py", NAME, '{"key": "value"}']

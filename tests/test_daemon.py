@@ -7,6 +7,7 @@ only a stand-in, and those of the AMQP client only RabbitMQ.
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -24,9 +25,13 @@ from helpers import (
     CREDENTIALS,
     HELLO,
     NAME,
+    ROOT,
+    TEST_IMAGE,
     amqp_invoke,
+    build,
     connect,
     copy_misbehaving_sample,
+    first_base_image,
     once,
     real_daemon,
     run,
@@ -316,6 +321,34 @@ def test_copies_share_a_queue_and_nothing_is_lost_when_one_is_killed(daemon, bro
         assert {answer["COPY"] for answer in answers.values()} == {"0", "1", "2"}
         assert copies[1].process.wait() == -signal.SIGKILL
         assert json.loads(copies[0].invoke(b'{"still": "here"}', NAME)) == {"still": "here"}
+
+
+@pytest.mark.parametrize("example", ["compose.yaml", "kubernetes.yaml"])
+def test_stopping_one_of_three_copies_as_an_example_does_loses_no_message(
+    example, daemon, engine, broker, rabbitmq, misbehaving_copy
+):
+    text = (ROOT / "examples" / example).read_text()
+    options = [f"--stop-signal={name}" for name in re.findall(r"stop_signal: (\w+)", text)]
+    command = [word for words in re.findall(r" command: (.*)", text) for word in json.loads(words)]
+    image = build(misbehaving_copy, f"{TEST_IMAGE}:copies", first_base_image())
+    settings = broker(("--docker", {})) | {"AWS_LAMBDA_FUNCTION_NAME": example, "AWS_LAMBDA_FUNCTION_TIMEOUT": "10"}
+    options += [f"--env={name}={value}" for name, value in settings.items()]
+    options += ["--add-host=host.docker.internal:host-gateway", f"--volume={daemon}:/usr/local/bin/aws-lambda-rie:ro"]
+    start = "docker", "run", "--rm", "--detach", *options, *(["--entrypoint", command[0]] if command else []), image
+    copies = []
+
+    def stop(answered):
+        if len(answered) == 20:
+            run("docker", "stop", "--time", "1", copies[1])
+
+    try:
+        with connect(rabbitmq) as connection:
+            copies += [run(*start, *command[1:]).stdout.strip() for _ in range(3)]
+            channel = connection.channel()
+            wait_until(lambda: (queue := has_queue(rabbitmq, example)) and queue.method.consumer_count == 3)
+            assert len(messages_are_answered(channel, example, 100, stop)) == 100
+    finally:
+        run("docker", "kill", *copies)
 
 
 def test_hello_from_lambda_through_the_daemon(way, sample, daemon, broker, rabbitmq):

@@ -16,9 +16,10 @@ def entrypoint(tmp_path):
     text = (ROOT / "lambda-entrypoint.sh").read_text()
     copy = tmp_path / "lambda-entrypoint.sh"
     copy.write_text(text.replace("/usr/local/bin/aws-lambda-rie", str(tmp_path / "aws-lambda-rie")))
+    copy.chmod(0o755)
 
     def start(*arguments, **environment):
-        return run("sh", copy, *arguments, env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | environment)
+        return run(copy, *arguments, env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | environment)
 
     return start
 
@@ -38,6 +39,16 @@ def test_takes_the_handler_from_its_argument_before_the_environment(entrypoint):
 
 def test_takes_the_handler_from_the_environment_without_an_argument(entrypoint):
     assert entrypoint(_HANDLER=HANDLER).stdout.endswith(f" {HANDLER}\n")
+
+
+def test_starts_a_wrapper_which_may_change_the_handler_before_the_runtime_interface_client(entrypoint, tmp_path):
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text('#!/bin/sh\nexport _HANDLER=other.handler\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {"AWS_LAMBDA_EXEC_WRAPPER": str(wrapper)}
+    assert entrypoint(HANDLER, **environment).stdout.startswith(f"aws-lambda-rie {wrapper} ")
+    started = entrypoint(HANDLER, AWS_LAMBDA_RUNTIME_API="127.0.0.1:9001", **environment)
+    assert started.stdout == "python3 -m awslambdaric other.handler\n"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """What the image contains, and how it builds and runs."""
 
+import http.server
 import json
 import re
+import ssl
+import threading
 import uuid
 
 import pytest
@@ -17,8 +20,12 @@ from helpers import (
     remove_hashes,
     run,
     running,
+    tool,
     wait_until,
 )
+from test_docs import code_blocks
+
+(COPY,) = code_blocks("docs/deploying.md", "In an image of your own", "dockerfile")
 
 
 def inside(image, script, *options):
@@ -55,15 +62,45 @@ def test_hidden_files_stay_out_of_the_image_and_of_runs_without_docker(way, copy
         assert json.loads(started.invoke()) == [["shown"], []]
 
 
-def test_modes_and_owners_are_right_whatever_they_were_in_the_checkout(tmp_path, base_image):
+def test_modes_owners_and_line_endings_are_right_whatever_they_were_in_the_checkout(tmp_path, base_image):
     copy = copy_sample(tmp_path / "copy")
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
-    image = build(copy, f"{TEST_IMAGE}:modes", base_image)
+        if path.is_file() and b"\r\n" not in (text := path.read_bytes()):
+            path.write_bytes(text.replace(b"\n", b"\r\n"))
+    image = build(copy, f"{TEST_IMAGE}:checkout", base_image)
     executables = f"/lambda-entrypoint.sh /opt/extensions/{NAME} /usr/local/bin/aws-lambda-rie /var/runtime/bootstrap"
     assert inside(image, f"stat -Lc '%a %U' {executables}").splitlines() == ["755 root"] * 4
     assert inside(image, "find /opt /var/task /var/runtime ! -user root -o -perm /022 ! -type l") == ""
-    inside(image, "cat $(find /opt /var/task -type f) /var/runtime/bootstrap >/dev/null", "--user", "12345:12345")
+    with container(image, "--user", "12345:12345") as (name, answer):
+        assert json.loads(answer) == HELLO
+        wait_until(lambda: RECEIVED in run("docker", "logs", name).stdout)
+
+
+@pytest.fixture
+def https_server(tmp_path):
+    """The port of an HTTPS server on loopback; its certificate, its own authority, is in the folder."""
+    options = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    extensions = "-addext", "subjectAltName=DNS:localhost", "-addext", "keyUsage=digitalSignature,keyCertSign"
+    files = "-keyout", tmp_path / "key.pem", "-out", tmp_path / "company.crt"
+    made = run(tool("openssl"), *options, *extensions, *files)
+    assert made.returncode == 0, made.stderr
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "company.crt", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_it_trusts_the_certificate_authorities_of_its_base(sample, base_image, https_server, tmp_path):
+    (tmp_path / "Dockerfile").write_text(f"FROM {base_image}\nCOPY company.crt /usr/local/share/ca-certificates/\n")
+    with_authority = build(tmp_path, f"{TEST_IMAGE}:authority-base", base_image)
+    image = build(sample, f"{TEST_IMAGE}:authority", with_authority, "--target", "python")
+    get = f"from urllib.request import urlopen; print(urlopen('https://localhost:{https_server}').status)"
+    assert inside(image, f'python3 -c "{get}"', "--network", "host") == "200\n"
 
 
 def test_pip_and_build_tools_stay_out(image):
@@ -90,11 +127,11 @@ def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
         assert not re.findall(r"^# code object from (?!'?/\S+\.pyc)\S+", trace, re.MULTILINE)
 
 
-def test_it_adds_at_most_60_mb_to_its_base(base_image, image):
+def test_it_adds_at_most_62_mb_to_its_base(base_image, image):
     def size(name):
         return int(run("docker", "image", "inspect", "--format", "{{.Size}}", name).stdout)
 
-    assert size(image) - size(base_image) <= 60_000_000
+    assert size(image) - size(base_image) <= 62_000_000
 
 
 def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image):
@@ -104,6 +141,14 @@ def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image
     assert emulator == {"/usr/local/bin/aws-lambda-rie"}
     inspect = ["docker", "image", "inspect", "--format", "{{json .Config.Entrypoint}} {{json .Config.Cmd}}"]
     assert run(*inspect, on_lambda).stdout == run(*inspect, image).stdout
+
+
+def test_the_extension_runs_in_another_image(image, tmp_path):
+    copy = COPY.replace(f"--from={NAME}", f"--from={image}")
+    (tmp_path / "Dockerfile").write_text(f"FROM {image}\nUSER root\nRUN rm -r /opt/*\n{copy}USER 12345\n")
+    with container(build(tmp_path, f"{TEST_IMAGE}:own", image)) as (name, answer):
+        assert json.loads(answer) == HELLO
+        wait_until(lambda: RECEIVED in run("docker", "logs", name).stdout)
 
 
 @pytest.mark.parametrize("user", ["0:0", "1000:1000", "12345:54321"])
