@@ -25,7 +25,7 @@ from helpers import (
 )
 from test_docs import code_blocks
 
-(COPY,) = code_blocks("docs/deploying.md", "In an image of your own", "dockerfile")
+(COPY,) = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
 
 
 def inside(image, script, *options):
