@@ -117,9 +117,8 @@ def test_the_dependencies_of_function_and_extension_stay_separate(image):
 
 def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
     touch = "find /opt /var/task -name '*.py' -exec touch {} + && "
-    extension = (
-        f"cd /; python3 -v -E -S -c 'import sys; sys.path[0] = \"/opt/{NAME}\"; import extension, requests' 2>&1"
-    )
+    modules = "lifecycle, requests, http.client"
+    extension = f"cd /; python3 -v -E -S -c 'import sys; sys.path[0] = \"/opt/{NAME}\"; import {modules}' 2>&1"
     function = "python3 -v -c 'import awslambdaric.__main__, awslambdaric.bootstrap, lambda_function' 2>&1"
     for imports in extension, function:
         trace = inside(image, touch + imports, "--user", "root")
