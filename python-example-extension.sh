@@ -11,27 +11,28 @@ usage: $0 [--docker | --no-docker] [-p [ADDRESS:]PORT] [-e NAME[=VALUE]]...
   --no-docker   run on this Linux machine; requires Python 3.10 or newer, with pip
   -p            listen on this port and IPv4 address (default: 127.0.0.1:8080)
   -e            set a variable for the function and the extension, or pass one through from this shell; may be repeated
-
 Without --docker and --no-docker: uses Docker if available; otherwise runs on this machine and says why.
 END
 }
 
-say() { echo "$name: $*" >&2; }
-fail() { say "$1" && exit "${2:-1}"; }
 listens() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
+say() { echo "$name: $*" >&2; }
+fail() {
+    say "$1"
+    exit "${2:-1}"
+}
 
 self=$(readlink -f "$0" 2>/dev/null || echo "$0") # older macOS has no -f
 name=$(basename "$self" .sh)
 
 # --- Options and variables --------------------------------------------------------------------------------------------
-
 # The function and the extension get these variables of this shell, and what -e adds: NAME here, NAME=VALUE there.
 passed=(AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT
     AWS_LAMBDA_MAX_CONCURRENCY MAX_CONCURRENCY AMQP_URI AMQP_USERNAME AMQP_PASSWORD)
 assigned=()
 settings=" ${passed[*]} BASE_IMAGE LAMBDA_RUNTIME_API_DAEMON " # for this script, too, also by -e
 AWS_LAMBDA_FUNCTION_NAME=$name
-way='' publish=127.0.0.1:8080
+way='' publish=127.0.0.1:8080 obstacle=''
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help) usage && exit ;;
@@ -74,7 +75,6 @@ CDPATH='' cd "$(dirname "$self")"
 : "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:=$(sed -n 's/^ *MemorySize: //p' template.yaml)}"
 
 # --- What this script starts ends with it -----------------------------------------------------------------------------
-
 job='' container='' run=''
 
 # Runs a command to its end, in a process group of its own, which no Ctrl-C reaches.
@@ -93,9 +93,11 @@ await() {
 }
 
 end_job() {
-    # Nothing can stop a container before it is created.
-    while [ -n "$container" ] && kill -0 "$job" && ! docker stop -t 2 "$container"; do sleep 0.1; done
-    kill -- "-$job"
+    if [ -z "$container" ]; then
+        kill -- "-$job"
+    else # nothing can stop it before it is created
+        while kill -0 "$job" && ! docker stop -t 2 "$container"; do sleep 0.1; done
+    fi
 }
 
 finish() {
@@ -153,12 +155,11 @@ announce() {
     curl -XPOST http://$address:$port/2015-03-31/functions/$function/invocations$headers -d '{\"key\": \"value\"}'"
 }
 
-# Makes a folder for this run, which is locked for as long as one of its processes lives.
+# Makes a folder for this run, locked for as long as one of its processes lives, and removes those of killed runs.
 make_run_folder() {
     install -d -m 700 .run
     exec 8<.run
     await flock 8 # one run at a time prepares itself
-    # What killed runs left behind.
     find .run -maxdepth 1 -name 'run.*' -exec flock -n {} rm -rf {} \;
     run=$(mktemp -d "$PWD/.run/run.XXXXXX")
     exec 9<"$run" && flock 9
@@ -185,7 +186,8 @@ pip_install() { TMPDIR=$run await scripts/pip-install "$@" >&2 || fail "pip fail
 show_in_opt() {
     cp -Rp "$installed/opt" "$run"
     cp "$name"/*.py "$run/opt/$name"
-    install -D -m 755 "extensions/$name" "$run/opt/extensions/$name"
+    mkdir "$run/opt/extensions"
+    install -m 755 "extensions/$name" "$run/opt/extensions"
     isolated=(unshare --mount --pid --fork --kill-child --mount-proc)
     if [ "$(id -u)" != 0 ]; then isolated+=(--map-root-user); fi
     isolated+=(scripts/mount-opt "$run/opt")
@@ -208,7 +210,6 @@ run_without_docker() {
     install_dependencies
     show_in_opt
     exec 8<&- # the next run may prepare itself
-
     local machine=localhost emulator api_port=$((10000 + RANDOM % 20000)) hidden=() variable
     while listens 127.0.0.1 "$api_port"; do api_port=$((api_port + 1)); done
     emulator=("$installed/aws-lambda-rie" --runtime-interface-emulator-address "$address:$port"
@@ -229,11 +230,8 @@ run_without_docker() {
         fail "${emulator[0]##*/} ended with status $?; see its output above"
 }
 
-# --- Docker, or not ---------------------------------------------------------------------------------------------------
-
 ! listens "$address" "$port" || fail "port $port is in use on $address; choose another with -p"
 if [ "$way" != --no-docker ]; then
-    obstacle=''
     if ! command -v docker >/dev/null; then
         obstacle="there is no docker command"
     elif ! engine=$(docker version 2>&1); then

@@ -70,7 +70,7 @@ def installed():
         text=True,
     )
     for line in process.stderr:
-        if "ready;" in line:
+        if "starting;" in line:
             break
     process.terminate()
     process.wait()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http.client
 import ipaddress
 import json
 import os
@@ -227,9 +228,18 @@ class Running:
         return json.load(answer["Payload"])
 
     def wait_until_ready(self):
-        """Waits for the ready line, which a first run takes a while to print."""
-        wait_until(lambda: "ready;" in self.output or self.process.poll() is not None, 600)
-        assert self.process.poll() is None, self.output
+        """Waits until the endpoint answers, which takes a while in a first run."""
+
+        def answers():
+            assert self.process.poll() is None, self.output
+            try:
+                return urllib.request.urlopen(self.endpoint, timeout=5)
+            except urllib.error.HTTPError:
+                return True
+            except (OSError, http.client.HTTPException):
+                return False
+
+        wait_until(answers, 600)
 
     @property
     def container(self):
@@ -261,7 +271,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment):
-    """Runs the sample's run script until the ready line, in a session of its own, then lets the caller use it."""
+    """Runs the sample's run script until it answers, in a session of its own, then lets the caller use it."""
     if "--docker" not in arguments:
         need_namespaces()
     port = free_port()
@@ -290,15 +300,6 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
             if process.poll() is None:
                 sample_run.stop()
             sys.stdout.write(sample_run.output)
-
-
-def install_elsewhere(sample, what, value, **environment):
-    """Installs what a run without Docker needs where Python's platform.WHAT() returns that value; prints the folder."""
-    path = str(sample / "scripts" / "run_without_docker.py")
-    program = (
-        f"import platform, runpy; platform.{what} = lambda: {value!r}; print(runpy.run_path({path!r})['install']())"
-    )
-    return run("python3", "-c", program, env=os.environ | environment)
 
 
 def docker_with(buildkit, *arguments, **options):
