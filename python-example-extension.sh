@@ -32,14 +32,15 @@ passed=(AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNC
 assigned=()
 settings=" ${passed[*]} BASE_IMAGE LAMBDA_RUNTIME_API_DAEMON " # for this script, too, also by -e
 AWS_LAMBDA_FUNCTION_NAME=$name
-way='' publish=127.0.0.1:8080 obstacle=''
+way='' obstacle='' publish=127.0.0.1:8080 job='' container='' run=''
 while [ $# -gt 0 ]; do
+    [[ $1 != -[ep] || $# -gt 1 ]] || fail "$1 takes a value; see --help" 2
     case $1 in
     -h | --help) usage && exit ;;
     --docker | --no-docker) way=$1 ;;
-    -p) publish=${2:-} && shift ;;
+    -p) publish=$2 && shift ;;
     -e)
-        [[ ${2:-} =~ ^[A-Za-z_][A-Za-z0-9_]*(=|$) ]] || fail "-e takes NAME or NAME=VALUE, not '${2:-}'" 2
+        [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*(=|$) ]] || fail "-e takes NAME or NAME=VALUE, not '$2'" 2
         if [[ $2 != *=* ]]; then
             if printenv "$2" >/dev/null; then passed+=("$2"); fi
         elif [[ $settings = *" ${2%%=*} "* ]]; then
@@ -75,8 +76,6 @@ CDPATH='' cd "$(dirname "$self")"
 : "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:=$(sed -n 's/^ *MemorySize: //p' template.yaml)}"
 
 # --- What this script starts ends with it -----------------------------------------------------------------------------
-job='' container='' run=''
-
 # Runs a command to its end, in a process group of its own, which no Ctrl-C reaches.
 await() {
     exec 3>&-

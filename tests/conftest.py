@@ -69,8 +69,8 @@ def no_daemon():
 
 @pytest.fixture(scope="session")
 def folder():
-    """A temporary folder that any user can read and with a space in its name, as users' folders have."""
-    path = Path(tempfile.mkdtemp(prefix="sample test "))
+    """A temporary folder that any user can read, with a name as users' folders have."""
+    path = Path(tempfile.mkdtemp(prefix="it's 100 % mine "))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
