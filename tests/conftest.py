@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import pika
@@ -93,7 +94,7 @@ def installed_sample(sample):
 @pytest.fixture
 def copy(folder, sample):
     """A copy of the sample for a test to change, after its first run if there was one."""
-    return copy_sample(Path(tempfile.mkdtemp(dir=folder)) / "copy", sample)
+    return copy_sample(folder / uuid.uuid4().hex, sample)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -237,7 +238,7 @@ def test_a_secret_reaches_the_function_but_no_command_line_and_no_file(way, samp
     copy = copy_misbehaving_sample(tmp_path / "copy", sample)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    environment = environment | {name: "hunter2 of this test", "TMPDIR": str(temporary)}
+    environment = environment | {name: secrets.token_hex(), "TMPDIR": str(temporary)}
     seen, stop = [], threading.Event()
 
     def scan():

@@ -1,135 +1,277 @@
-"""scripts/run_without_docker.py: what it installs, and how it isolates a run."""
+"""The run script without Docker: what it installs, how it recovers, and how it isolates a run."""
 
+import http.server
 import json
 import os
 import re
-import stat
+import signal
+import ssl
+import subprocess
 import sys
 import tempfile
+import threading
+import time
+import uuid
 from pathlib import Path
 
 import pytest
-from helpers import HELLO, NAME, copy_sample, free_port, install_elsewhere, remove_hashes, run, running
+from helpers import (
+    HELLO,
+    NAME,
+    ROOT,
+    copy_sample,
+    free_port,
+    need_namespaces,
+    processes_of,
+    run,
+    running,
+    tool,
+    wait_until,
+)
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux"),
-    pytest.mark.usefixtures("installed_sample"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+THEIRS = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}  # what a user finds whom root became
+
+
+@pytest.fixture
+def fresh(folder):
+    """A copy of the sample that was never run."""
+    need_namespaces()
+    return copy_sample(folder / uuid.uuid4().hex)
+
+
+def command_for(sample, port=None):
+    return [sample / f"{NAME}.sh", "--no-docker", "-p", str(port or free_port())]
+
+
+def start(sample, *prefix, **environment):
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*prefix, *command_for(sample)], env=os.environ | environment, cwd=sample, start_new_session=True, **output)
+
+
+def output_of_failure(sample, *prefix, **environment):
+    process = start(sample, *prefix, **environment)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert not list(sample.glob(".run/*"))
+    return output
+
+
+def answer(sample):
+    """Runs the sample and returns what it answers, and what it printed."""
+    with running(sample, "--no-docker") as started:
+        return json.loads(started.invoke()), started.output
 
 
 def write_handler(copy, body):
     (copy / "lambda_function.py").write_text(f"import os, sys\ndef lambda_handler(event, context):\n    {body}\n")
 
 
-def answer(copy):
-    with running(copy, "--no-docker") as started:
-        assert "installing" not in started.output
-        return json.loads(started.invoke())
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_function_that_writes_to_its_dependencies_spoils_only_its_own_run(copy):
-    installed = next(copy.glob(f".run/{NAME}-*"))
-    before = contents(installed)
-    write_handler(copy, "return open(os.path.join(os.getcwd(), 'awslambdaric', '__init__.py'), 'w').write('raise 1')")
-    assert answer(copy) == len("raise 1")
-    assert contents(installed) == before
-    write_handler(copy, "return 'fine'")
-    assert answer(copy) == "fine"
-
-
-def test_nobody_else_can_read_what_a_run_copies(copy):
-    (copy / "lambda_function.py").chmod(0o600)
-    with running(copy, "--no-docker") as started:
-        assert json.loads(started.invoke()) == HELLO
-        assert len(list((copy / ".run").iterdir())) == 2
-        for path in (copy / ".run").iterdir():
-            assert stat.S_IMODE(path.stat().st_mode) == 0o700
-
-
-def test_a_run_sees_only_its_own_processes(copy):
-    write_handler(copy, "return [process for process in os.listdir('/proc') if process.isdigit()]")
-    processes = answer(copy)
-    assert str(os.getpid()) not in processes
-    assert "1" in processes
-    assert len(processes) < 10
-
-
-def test_only_what_the_image_contains_is_installed(copy):
-    (installed,) = copy.glob(".run/*")
-    assert {path.name for path in installed.iterdir()} == {"aws-lambda-rie", "opt", "python", "var"}
-
-
-def test_another_version_of_python_gets_its_own_installation(copy):
-    no_index = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
-    ran = install_elsewhere(copy, "python_version", "3.99.0", **no_index)
-    assert ran.returncode == 1
-    assert "installing the dependencies" in ran.stderr
-
-
-def test_the_function_does_not_see_the_packages_of_this_machine(copy):
-    write_handler(copy, "return [path for path in sys.path if path.endswith('-packages') and os.path.exists(path)]")
-    assert answer(copy) == []
-
-
-def test_the_function_has_the_handler_and_the_folders_that_the_dockerfile_names(copy):
-    dockerfile = (copy / "Dockerfile").read_text()
-    dockerfile = dockerfile.replace('CMD ["lambda_function.lambda_handler"]', 'CMD [ "other.handler" ]')
-    dockerfile = re.sub(r"(COPY \*\.py .*\n)", r"\1COPY texts .${LAMBDA_TASK_ROOT}/texts/\n", dockerfile)
-    (copy / "Dockerfile").write_text(dockerfile)
-    (copy / "texts" / "in").mkdir(parents=True)
-    (copy / "texts" / "in" / "greeting").write_text("good morning")
-    (copy / "other.py").write_text("def handler(event, context):\n    return open('texts/in/greeting').read()\n")
-    assert answer(copy) == "good morning"
+# --- Installing ---
 
 
 @pytest.mark.slow
-def test_settings_of_pip_that_choose_another_place_or_kind_do_not_matter(folder, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
+def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_works(fresh, signum, seconds):
+    process = start(fresh)
+    wait_until(lambda: list(fresh.glob(".run/run.*")))
+    time.sleep(seconds)
+    os.killpg(process.pid, signum)
+    process.wait()
+    wait_until(lambda: not processes_of(fresh), 2)
+    assert answer(fresh)[0] == HELLO
+    assert len(list(fresh.glob(".run/*"))) == 1
+
+
+@pytest.mark.slow
+def test_of_two_first_runs_at_once_one_installs_for_both(fresh):
+    with running(fresh, "--no-docker", wait=False) as one, running(fresh, "--no-docker") as other:
+        one.wait_until_ready()
+        assert (one.output + other.output).count("installing the dependencies") == 1
+        assert json.loads(one.invoke()) == json.loads(other.invoke()) == HELLO
+    assert len(list(fresh.glob(".run/*"))) == 1
+
+
+@pytest.fixture
+def untrusted_index(tmp_path):
+    """The URL of a package index whose certificate nobody trusts."""
+    subject = "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"
+    files = "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"
+    made = run(tool("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject, *files)
+    assert made.returncode == 0, made.stderr
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://localhost:{server.server_port}/simple"
+    server.shutdown()
+
+
+NO_LINKS = {"PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_RETRIES": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [("http://127.0.0.1:1/simple", "Connection refused"), ("untrusted", "CERTIFICATE_VERIFY_FAILED")],
+)
+def test_without_a_usable_index_pip_says_why_and_the_next_run_works(fresh, untrusted_index, index, words):
+    index = untrusted_index if index == "untrusted" else index
+    output = output_of_failure(fresh, **NO_LINKS, PIP_INDEX_URL=index)
+    assert words in output
+    assert output.splitlines()[-1] == f"{NAME}: pip failed; see its words above"
+    assert answer(fresh)[0] == HELLO
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "words"),
+    [
+        ("sha256:....", "sha256:0000", "DO NOT MATCH THE HASHES"),
+        (r" \\\n +--hash=\S+", "", "Hashes are required in --require-hashes mode"),
+    ],
+)
+def test_only_what_the_lock_files_pin_is_installed(fresh, pattern, replacement, words):
+    lock_file = fresh / NAME / "requirements.txt"
+    lock_file.write_text(re.sub(pattern, replacement, lock_file.read_text()))
+    output = output_of_failure(fresh)
+    assert words in output
+    assert output.splitlines()[-1] == f"{NAME}: pip failed; see its words above"
+
+
+@pytest.mark.slow
+def test_on_a_full_disk_it_says_so_and_the_next_run_works(fresh):
+    (fresh / ".run").mkdir()
+    full = 'mount -t tmpfs -o size=2m none .run && exec "$@"'
+    for options in [], ["--map-root-user"]:
+        prefix = ["unshare", "--mount", *options, "sh", "-c", full, "sh"]
+        if run(*prefix, "true", cwd=fresh).returncode == 0:
+            break
+    else:
+        pytest.skip("this user cannot mount a small file system on this machine")
+    assert "No space left on device" in output_of_failure(fresh, *prefix)
+    assert answer(fresh)[0] == HELLO
+
+
+def test_without_pip_it_says_so(fresh, tmp_path):
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path)
+    output = output_of_failure(fresh, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert "No module named pip" in output
+    assert output.splitlines()[-1] == f"{NAME}: pip failed; see its words above"
+
+
+@pytest.mark.slow
+def test_settings_of_pip_that_choose_another_place_or_kind_do_not_matter(fresh, tmp_path):
     (tmp_path / "pip.conf").write_text("[install]\nuser = true\n[global]\nrequire-virtualenv = true\n")
     settings = {"PREFIX": str(tmp_path / "prefix"), "TARGET": str(tmp_path / "target"), "USER": "1"}
     settings |= {"REQUIRE_VIRTUALENV": "1", "NO_BINARY": ":all:"}
     environment = {f"PIP_{name}": value for name, value in settings.items()}
     if "PIP_CONFIG_FILE" not in os.environ:
         environment["PIP_CONFIG_FILE"] = str(tmp_path / "pip.conf")
-    with running(copy_sample(folder / "pip settings"), "--no-docker", **environment) as started:
+    with running(fresh, "--no-docker", **environment) as started:
         assert json.loads(started.invoke()) == HELLO
     assert [path.name for path in tmp_path.iterdir()] == ["pip.conf"]
 
 
 @pytest.mark.slow
-def test_a_wheel_with_another_hash_fails_with_one_line_that_says_so(folder):
-    copy = copy_sample(folder / "another wheel")
-    lock_file = copy / NAME / "requirements.txt"
-    lock_file.write_text(re.sub("sha256:....", "sha256:0000", lock_file.read_text()))
-    ran = run(copy / f"{NAME}.sh", "--no-docker", "-p", str(free_port()))
-    assert ran.returncode == 1
-    reason = "a wheel does not match its pinned hash; check your package index, or proxy"
-    assert ran.stderr.splitlines()[-1] == f"{NAME}: the dependencies cannot be installed: {reason}"
-    assert list((copy / ".run").iterdir()) == []
+def test_changed_pins_are_installed_and_others_are_not_again(fresh):
+    assert answer(fresh)[0] == HELLO
+    assert "installing" not in answer(fresh)[1]
+    with (fresh / NAME / "requirements.txt").open("a") as file:
+        file.write("# changed\n")
+    assert "installing" in answer(fresh)[1]
 
 
-def test_a_lock_file_without_hashes_is_refused(copy):
-    remove_hashes(copy / "requirements.txt")
-    ran = run(copy / f"{NAME}.sh", "--no-docker", "-p", str(free_port()))
-    assert ran.returncode == 1
-    assert "Hashes are required in --require-hashes mode" in ran.stderr
+@pytest.mark.slow
+def test_writes_nothing_outside_its_ignored_folder_which_nobody_else_can_read(fresh, tmp_path):
+    def tree(folder):
+        return {path for path in folder.rglob("*") if ".run" not in path.parts}
+
+    before = tree(fresh)
+    for name in "home", "tmp":
+        (tmp_path / name).mkdir()
+    # pip asks rustc for its version, and rustup then writes its settings.
+    path = ":".join(folder for folder in os.environ["PATH"].split(":") if not os.path.exists(f"{folder}/rustc"))
+    with running(fresh, "--no-docker", HOME=f"{tmp_path}/home", TMPDIR=f"{tmp_path}/tmp", PATH=path) as started:
+        started.invoke()
+        assert not os.path.exists(f"/opt/{NAME}")
+        assert (fresh / ".run").stat().st_mode & 0o777 == 0o700
+    assert tree(tmp_path) == {tmp_path / "home", tmp_path / "tmp"}
+    assert tree(fresh) == before
+    assert "/.run/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@as_root
+def test_a_folder_it_cannot_write_to_fails_and_loses_nothing(fresh):
+    (fresh / ".run").mkdir()
+    (fresh / ".run" / "theirs").touch()
+    ran = run("setpriv", "--reuid", "12345", "--clear-groups", *command_for(fresh), env=THEIRS, cwd="/")
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert "cannot change permissions of" in ran.stderr
+    assert [path.name for path in (fresh / ".run").iterdir()] == ["theirs"]
+
+
+# --- Running ---
+
+
+@as_root
+@pytest.mark.slow
+def test_works_as_an_ordinary_user(fresh):
+    for path in [fresh, *fresh.rglob("*")]:
+        os.chown(path, 12345, 12345)
+    with running(fresh, "--no-docker", user=12345, **THEIRS) as started:
+        with started.receives():
+            assert json.loads(started.invoke()) == HELLO
+        assert started.stop()[0] == 0
+    assert not processes_of(fresh)
+
+    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) > 1:
+        ran = run("setpriv", "--reuid", "12345", "--clear-groups", *command_for(fresh, 1), env=THEIRS, cwd="/")
+        assert ran.returncode == 1
+        assert "listen tcp 127.0.0.1:1: bind: permission denied" in ran.stdout + ran.stderr
+        assert ran.stderr.splitlines()[-1] == f"{NAME}: aws-lambda-rie ended with status 2; see its output above"
+
+
+@pytest.mark.usefixtures("installed_sample")
+@pytest.mark.parametrize(
+    ("what", "handler"),
+    [
+        ("the other processes of the machine", "[name for name in os.listdir('/proc') if name == '{pid}']"),
+        ("the packages of the machine", "[path for path in sys.path if 'packages' in path and '.run' not in path]"),
+    ],
+)
+def test_the_function_does_not_see(copy, what, handler):
+    write_handler(copy, f"return {handler.format(pid=os.getpid())}")
+    assert answer(copy)[0] == []
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_the_function_sees_the_machines_own_opt_as_well(copy):
+    write_handler(copy, "return os.listdir('/opt') + os.listdir('/opt/extensions')")
+    seen = answer(copy)[0]
+    assert {NAME, "extensions", *os.listdir("/opt")} <= set(seen)
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_the_function_has_the_handler_that_the_dockerfile_names_and_the_folders_beside_it(copy):
+    dockerfile = (copy / "Dockerfile").read_text()
+    (copy / "Dockerfile").write_text(re.sub("(?m)^CMD .*", 'CMD [ "other.handler" ] ', dockerfile))
+    (copy / "texts").mkdir()
+    (copy / "texts" / "greeting").write_text("good morning")
+    (copy / "other.py").write_text("def handler(event, context):\n    return open('texts/greeting').read()\n")
+    assert answer(copy)[0] == "good morning"
+
+
+def test_lambda_managed_instances_need_docker(sample):
+    ran = run(*command_for(sample), "-e", "AWS_LAMBDA_MAX_CONCURRENCY=2")
+    assert (ran.returncode, ran.stderr) == (1, f"{NAME}: AWS_LAMBDA_MAX_CONCURRENCY needs Docker\n")
 
 
 @pytest.mark.skipif(not os.access("/opt", os.W_OK), reason="this user cannot write to /opt")
 def test_a_checkout_in_opt_works(installed_sample):
     with tempfile.TemporaryDirectory(dir="/opt") as opt:
-        copy = copy_sample(Path(opt) / "sample", installed_sample)
-        assert answer(copy) == HELLO
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not listen on port 1")
-def test_a_privileged_port_fails_with_one_line(sample):
-    if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
-        pytest.skip("every user may listen on every port of this machine")
-    environment = os.environ | {"PATH": "/usr/local/bin:/usr/bin:/bin"}
-    ran = run(sample / f"{NAME}.sh", "--no-docker", "-p", "1", user=12345, group=12345, env=environment, cwd="/")
-    assert ran.returncode == 1
-    assert ran.stderr == f"{NAME}: cannot listen on 127.0.0.1:1: Permission denied; choose another with -p\n"
+        assert answer(copy_sample(Path(opt) / "sample", installed_sample))[0] == HELLO
+    assert not os.path.lexists(f"/opt/{NAME}")
