@@ -61,7 +61,7 @@ address=${BASH_REMATCH[2]:-127.0.0.1} port=${publish##*:}
 
 daemon=${LAMBDA_RUNTIME_API_DAEMON:-}
 if [ -n "$daemon" ]; then
-    if [[ $daemon != /* ]]; then daemon=$PWD/$daemon; fi
+    if [[ $daemon != /* ]]; then daemon=${PWD%/}/$daemon; fi
     [[ -f $daemon && -x $daemon ]] || fail "LAMBDA_RUNTIME_API_DAEMON: $daemon is not an executable file"
     : "${MAX_CONCURRENCY:=1}"
     unset AWS_LAMBDA_MAX_CONCURRENCY # it is for the emulator, and would change the runtime

@@ -83,7 +83,7 @@ def stage(folder, source):
     (folder / "opt" / "extensions").mkdir(parents=True)
     (folder / "task").mkdir()
     run("cp", "-al", dependencies, folder / "opt" / NAME)
-    run("cp", "-al", f"{installed_folder}/var/task/.", folder / "task")
+    run("cp", "-al", f"{next(installed_folder.glob('python/lib/python*/site-packages'))}/.", folder / "task")
     shutil.copy(ROOT / "lambda_function.py", folder / "task")
     shutil.copy(ROOT / "lambda-entrypoint.sh", folder)
     launcher = folder / "opt" / "extensions" / NAME

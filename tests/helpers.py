@@ -97,16 +97,13 @@ def listens(port):
 
 
 def processes_of(sample):
-    """The command lines of the processes that run in, or from, that copy of the sample."""
+    """The command lines of the processes that run in, from, or for that copy of the sample."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             command = process.joinpath("cmdline").read_text().replace("\0", " ").strip()
-            folder = os.readlink(process / "cwd")
-        except OSError:
-            continue
-        if str(sample) in command + folder:
-            found.append(command)
+            if str(sample) in command + os.readlink(process / "cwd") + process.joinpath("environ").read_text():
+                found.append(command)
     return found
 
 

@@ -53,18 +53,14 @@ def with_daemon(way, sample, daemon, *arguments, **environment):
 # --- What the run script checks, and what it tells the Daemon ---
 
 
-@pytest.mark.parametrize("problem", ["there is no file", "is not executable"])
-def test_a_daemon_that_cannot_run_fails_with_one_line(sample, tmp_path, problem):
-    daemon = tmp_path / "daemon"
-    if problem == "is not executable":
-        daemon.write_text("not executable")
-    for path in [daemon] if problem == "is not executable" else [daemon, tmp_path]:
-        environment = os.environ | {"LAMBDA_RUNTIME_API_DAEMON": str(path)}
-        ran = run(sample / f"{NAME}.sh", env=environment)
-        assert ran.returncode == 1
-        assert ran.stderr.count("\n") == 1
-        assert "LAMBDA_RUNTIME_API_DAEMON" in ran.stderr
-        assert problem in ran.stderr
+@pytest.mark.parametrize("daemon", ["nothing", "a folder", "not executable"])
+def test_a_daemon_that_cannot_run_fails_with_one_line(sample, tmp_path, daemon):
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "not executable").touch()
+    path = str(tmp_path / daemon)
+    ran = run(sample / f"{NAME}.sh", env=os.environ | {"LAMBDA_RUNTIME_API_DAEMON": path})
+    assert ran.returncode == 1
+    assert ran.stderr == f"{NAME}: LAMBDA_RUNTIME_API_DAEMON: {path} is not an executable file\n"
 
 
 def test_the_daemon_replaces_the_emulator(way, sample, stand_in):
@@ -81,8 +77,6 @@ def test_the_daemon_replaces_the_emulator(way, sample, stand_in):
         assert told["environ"]["AMQP_URI"] == f"amqp://{broker}:5672?{options}"
         assert bool(told["broker"]) == in_docker
         assert f"/functions/{NAME}/invocations" in started.output
-        assert f"queue {NAME} at amqp://{broker}:5672" in started.output
-        assert ("accepts user guest only from localhost" in started.output) == in_docker
 
 
 def test_the_daemon_gets_its_settings_from_the_environment(way, sample, stand_in):
@@ -96,16 +90,9 @@ def test_the_daemon_gets_its_settings_from_the_environment(way, sample, stand_in
     with with_daemon(way, sample, stand_in, **settings) as started:
         environ = json.loads(started.invoke(function=NAME))["environ"]
         assert settings["AMQP_URI"] not in started.output
-        assert "broker.example.com:1234" in started.output
     assert environ["MAX_CONCURRENCY"] == "4"
     assert {name: environ[name] for name in settings} == settings
     assert "AWS_LAMBDA_MAX_CONCURRENCY" not in environ
-
-
-def test_an_empty_amqp_uri_means_no_broker(way, sample, stand_in):
-    with with_daemon(way, sample, stand_in, AMQP_URI="") as started:
-        assert json.loads(started.invoke(function=NAME))["environ"]["AMQP_URI"] == ""
-        assert "no broker" in started.output
 
 
 def test_a_relative_path_of_the_daemon_starts_at_the_working_directory(sample, stand_in):
@@ -247,17 +234,19 @@ def messages_are_answered(channel, queue, count, meanwhile=lambda answered: None
             return answered
 
 
-def extensions_of(function):
-    """The process ids of the extensions of the function with that name."""
+def pids(program, variable):
+    """The process ids of a program, by its path or script, with that variable, as NAME=VALUE, in its environment."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command, environment = ((process / file).read_bytes() for file in ("cmdline", "environ"))
-            if b"extension.py" in command and f"AWS_LAMBDA_FUNCTION_NAME={function}".encode() in environment.split(
-                b"\0"
-            ):
+            words, variables = ((process / file).read_text().split("\0") for file in ("cmdline", "environ"))
+            if variable in variables and (words[0] == program or words[-2].endswith(program)):
                 found.append(int(process.name))
     return found
+
+
+def extensions_of(function):
+    return pids("/extension.py", f"AWS_LAMBDA_FUNCTION_NAME={function}")
 
 
 def test_a_killed_extension_restarts_and_every_message_is_answered(way, daemon, broker, rabbitmq, misbehaving_copy):
@@ -312,14 +301,14 @@ def test_copies_share_a_queue_and_nothing_is_lost_when_one_is_killed(daemon, bro
 
         def kill(answered):
             if len(answered) == 20:
-                os.killpg(copies[1].process.pid, signal.SIGKILL)
+                os.kill(*pids(daemon, f"PORT={copies[1].port}"), signal.SIGKILL)
 
         with connect(rabbitmq) as connection:
             channel = connection.channel()
             wait_until(lambda: channel.queue_declare(name, passive=True).method.consumer_count == 3)
             answers = messages_are_answered(channel, name, 90, kill)
         assert {answer["COPY"] for answer in answers.values()} == {"0", "1", "2"}
-        assert copies[1].process.wait() == -signal.SIGKILL
+        assert copies[1].process.wait() == 1
         assert json.loads(copies[0].invoke(b'{"still": "here"}', NAME)) == {"still": "here"}
 
 

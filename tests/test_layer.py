@@ -85,7 +85,7 @@ def test_the_layer_runs_at_opt_beside_a_function_that_is_not_in_its_image(layer,
     else:
         pytest.skip("no mount namespaces for this user on this machine")
     installed = next(installed_sample.glob(f".run/{NAME}-*"))
-    task = shutil.copytree(installed / "var" / "task", tmp_path / "task")
+    task = shutil.copytree(next(installed.glob("python/lib/python*/site-packages")), tmp_path / "task")
     shutil.copy(ROOT / "lambda_function.py", task)
     port, log = free_port(), tmp_path / "log"
     command = [*isolated, f'{mount} && cd "{task}" && exec "$@"', "layer", installed / "aws-lambda-rie"]
