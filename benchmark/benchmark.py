@@ -1,14 +1,16 @@
-"""Measures what an extension costs: this one, simpler and faster ones, and none, each under the real emulator."""
+#!/usr/bin/env python3
+"""Measures what an extension costs: this one, others, the least that Python can do, and none, in turn.
+
+It needs Linux, root for mounts and a cgroup, and what the run script needs. LAMBDA_RUNTIME_API_DAEMON, the path of the
+Lambda Runtime API Daemon, adds the first answer under it: like Lambda it answers when the function is done, while AWS's
+emulator waits for the extension, too.
+"""
 
 import argparse
 import contextlib
-import http.client
-import json
 import os
 import re
-import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -16,360 +18,118 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-NAME = next(ROOT.glob("*/extension.py")).parent.name
-HERE = Path(__file__).parent
+from sandbox import NAME, ROOT, cpu_limit, in_opt, installed, running, stage
+
 sys.path.insert(0, str(ROOT / "tests"))
-from extensions_api_server import SHUTDOWN, ExtensionsApiServer, invoke  # noqa: E402
+from extensions_api_server import SHUTDOWN, ExtensionsApiServer, invoke
 
-CONTENDERS = {
-    "no extension": None,
-    "unpooled": HERE / "unpooled.py",
-    "pooled": HERE / "pooled.py",
-    "this extension": ROOT / NAME / "extension.py",
-    "http.client": HERE / "http_client.py",
-}
-# Figure: unit, digits, and for the ratio to "unpooled" whether what the function costs by itself is taken off.
-FIGURES = {
-    "init": ("ms", 0, False),
-    "first invoke": ("ms", 0, False),
-    "warm invoke": ("ms", 2, True),
-    "warm invoke p99": ("ms", 2, True),
-    "CPU per event": ("µs", 0, False),
-    "RSS": ("MiB", 1, False),
-    "TCP connections per 1,000 events": ("", 0, False),
-}
+NONE, WARM = "no extension", "warm invocation, ms"
+CORES = 0.15  # what Lambda gives a function of 256 MB
 
 
-def progress(text):
-    """Shows the progress on a line that the next one replaces."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    elif text:
-        print(text, file=sys.stderr, flush=True)
+def milliseconds(connection):
+    """Invokes the function; returns the time until its answer."""
+    start = time.perf_counter()
+    connection.request("POST", "/2015-03-31/functions/function/invocations", b"{}")
+    answer = connection.getresponse().read()
+    assert b"Hello from Lambda!" in answer, answer
+    return (time.perf_counter() - start) * 1e3
 
 
-def run(*command, **options):
-    """Runs a command and returns its output as text."""
-    return subprocess.run(
-        [str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True, **options
-    ).stdout
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def installed():
-    """The folder with the dependencies and the emulator that the run script installs."""
-    process = subprocess.Popen(
-        [ROOT / f"{NAME}.sh", "--no-docker", "-p", str(free_port())],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stderr:
-        if "starting;" in line:
-            break
-    process.terminate()
-    process.wait()
-    return max((ROOT / ".run").glob(f"{NAME}-*"), key=os.path.getmtime)
-
-
-def stage(folder, source):
-    """Makes the folder that shows as /opt, with that extension in it."""
-    dependencies = installed_folder / "opt" / NAME
-    (folder / "opt" / "extensions").mkdir(parents=True)
-    (folder / "task").mkdir()
-    run("cp", "-al", dependencies, folder / "opt" / NAME)
-    run("cp", "-al", f"{next(installed_folder.glob('python/lib/python*/site-packages'))}/.", folder / "task")
-    shutil.copy(ROOT / "lambda_function.py", folder / "task")
-    shutil.copy(ROOT / "lambda-entrypoint.sh", folder)
-    launcher = folder / "opt" / "extensions" / NAME
-    if source == CONTENDERS["this extension"]:
-        shutil.copy(ROOT / "extensions" / NAME, launcher)
-        for module in source.parent.glob("*.py"):
-            shutil.copy(module, folder / "opt" / NAME)
-    elif source:
-        launcher.write_text(f"#!/bin/bash\nexec /opt/{NAME}/extension.py\n")
-        launcher.chmod(0o755)
-        shutil.copy(source, folder / "opt" / NAME / "extension.py")
-    # As in the image, and so that no contender pays for another one's first start.
-    run(sys.executable, "-m", "compileall", "-q", folder / "opt" / NAME, folder / "task")
-
-
-@contextlib.contextmanager
-def emulator(folder):
-    """Runs the emulator on a staged folder; yields its port, the port of its Extensions API, and its log file."""
-    port, api_port = free_port(), free_port()
-    with tempfile.NamedTemporaryFile() as log:
-        mount = 'mount -t overlay -o lowerdir="$0/opt":/opt overlay /opt && cd "$0/task" && exec "$@"'
-        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", mount, folder]
-        addresses = ["--runtime-interface-emulator-address", f"127.0.0.1:{port}"]
-        addresses += ["--runtime-api-address", f"127.0.0.1:{api_port}"]
-        runtime = [folder / "lambda-entrypoint.sh", "lambda_function.lambda_handler"]
-        process = subprocess.Popen(
-            [*isolated, installed_folder / "aws-lambda-rie", *addresses, *runtime],
-            env={"PATH": f"{Path(sys.base_prefix) / 'bin'}:/usr/bin:/bin", "LAMBDA_TASK_ROOT": str(folder / "task")},
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                time.sleep(0.01)
-            yield port, api_port, Path(log.name)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def extension_process(api_port):
-    """The extension that uses that API, as its folder in /proc."""
+def extension_process(api):
+    """The extension that uses that Runtime API, as its folder in /proc, or None."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            at_api = f"AWS_LAMBDA_RUNTIME_API=127.0.0.1:{api_port}" in (process / "environ").read_text().split("\0")
-            if at_api and "extension.py" in (process / "cmdline").read_text():
+            variables, command = [(process / file).read_text().split("\0") for file in ("environ", "cmdline")]
+            if f"AWS_LAMBDA_RUNTIME_API={api}" in variables and any(word.startswith("/opt/") for word in command):
                 return process
-    return None
 
 
-def cpu_seconds(process):
-    """What the process has used of the CPU so far."""
-    return sum(int(task.read_text().split()[0]) for task in process.glob("task/*/schedstat")) / 1e9
+def cpu_microseconds(process):
+    return sum(int(thread.read_text().split()[0]) for thread in process.glob("task/*/schedstat")) / 1e3
 
 
-def client(port):
-    """A function that invokes the function with a payload (bytes) and returns the seconds it took."""
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-
-    def call(payload=b'{"key": "value"}'):
-        start = time.perf_counter()
-        connection.request("POST", "/2015-03-31/functions/function/invocations", payload)
-        answer = connection.getresponse().read()
-        seconds = time.perf_counter() - start
-        assert b"Hello from Lambda!" in answer, answer
-        return seconds
-
-    return call
-
-
-def measure(folder, invocations):
-    """Runs a contender once in its own environment; returns its figures by name."""
-    with emulator(folder) as (port, api_port, log):
-        call = client(port)
-        figures = {"first invoke": call() * 1e3}
-        for _ in range(50):
-            call()
-        process = extension_process(api_port)
-        before = cpu_seconds(process) if process else 0
-        times = sorted(call() for _ in range(invocations))
-        time.sleep(0.05)
-        figures["warm invoke"] = statistics.median(times) * 1e3
-        figures["warm invoke p99"] = times[int(len(times) * 0.99)] * 1e3
-        if process:
-            figures["CPU per event"] = (cpu_seconds(process) - before) / invocations * 1e6
-            figures["RSS"] = int(re.search(r"VmRSS:\s+(\d+)", (process / "status").read_text()).group(1)) / 1024
-        figures["init"] = float(re.search(r"INIT REPORT\(durationMs: ([\d.]+)\)", log.read_text()).group(1))
+def measure(opt, emulator, environment, limit, invocations):
+    """Starts the extension in a folder for /opt in each way; returns its figures by name."""
+    figures, daemon = {}, os.environ.get("LAMBDA_RUNTIME_API_DAEMON")
+    for cgroup, where in (None, ""), (limit, f" with {CORES} of a core"):
+        with running(emulator, opt, environment, cgroup) as (connection, api, log):
+            first = milliseconds(connection)
+            figures[f"init{where}, ms"] = float(re.search(r"INIT REPORT\(durationMs: ([\d.]+)", log.read_text())[1])
+            figures[f"first answer{where}, ms"] = first
+            if not cgroup:
+                for _ in range(50):
+                    milliseconds(connection)
+                process = extension_process(api)
+                before = process and cpu_microseconds(process)
+                figures[WARM] = statistics.median(milliseconds(connection) for _ in range(invocations))
+                if process:
+                    figures["CPU per event, µs"] = (cpu_microseconds(process) - before) / invocations
+                    figures["RSS, MiB"] = int(re.search(r"VmRSS:\s+(\d+)", (process / "status").read_text())[1]) / 1024
+        if daemon:
+            with running(Path(daemon), opt, environment, cgroup) as (connection, *_):
+                figures[f"first answer under the Daemon{where}, ms"] = milliseconds(connection)
     return figures
 
 
-def connections(folder):
-    """The TCP connections that an extension opens for a thousand events."""
-    with ExtensionsApiServer([*[invoke("event")] * 1000, SHUTDOWN]) as api:
-        environment = {"PATH": os.environ["PATH"], "AWS_LAMBDA_RUNTIME_API": api.address}
-        run(sys.executable, folder / "opt" / NAME / "extension.py", env=environment)
+def count_connections(opt, environment, events):
+    """The TCP connections that the extension in a folder for /opt opens for that many events."""
+    with ExtensionsApiServer([*[invoke()] * events, SHUTDOWN]) as api:
+        command = in_opt(opt, f"/opt/extensions/{next(opt.glob('extensions/*')).name}")
+        environment = environment | {"AWS_LAMBDA_RUNTIME_API": api.address}
+        subprocess.run(command, check=True, env=environment, capture_output=True)
         return api.connections
 
 
-def benchmark(rounds, invocations):
-    """The figures of every contender: {contender: {figure: (median, lowest, highest)}}."""
-    with tempfile.TemporaryDirectory() as folder:
-        folders = {contender: Path(folder) / str(number) for number, contender in enumerate(CONTENDERS)}
-        for contender, source in CONTENDERS.items():
-            stage(folders[contender], source)
-        runs = {contender: [] for contender in CONTENDERS}
-        for number in range(rounds):
-            for contender in CONTENDERS:
-                progress(f"round {number + 1} of {rounds}: {contender}")
-                runs[contender].append(measure(folders[contender], invocations))
-        results = {}
-        for contender, figures in runs.items():
-            columns = {figure: [each[figure] for each in figures] for figure in figures[0]}
-            if CONTENDERS[contender]:
-                columns["TCP connections per 1,000 events"] = [connections(folders[contender])]
-            results[contender] = {
-                figure: (statistics.median(values), min(values), max(values)) for figure, values in columns.items()
-            }
-    progress("")
-    return results
-
-
-def ratio(results, figure, contender):
-    """A contender's figure relative to the unpooled one's, or None."""
-    values = {name: figures.get(figure, (None,))[0] for name, figures in results.items()}
-    if values[contender] is None or contender == "no extension":
-        return None
-    base = values["no extension"] if FIGURES[figure][2] else 0
-    return (values[contender] - base) / (values["unpooled"] - base)
-
-
-def growth(events):
-    """Measures whether this extension slows down with events or payloads, in turn with an environment without one.
-
-    Returns what it adds to a warm invoke, in ms, around event 1,000 and at the end, and the CPU time per event, in µs,
-    by payload. The extension never sees the payload, but it costs more CPU time after a pause, and invocations with a
-    large one are rarer: so small payloads are sent as rarely, too.
-    """
-    contenders = "this extension", "no extension"
-    with contextlib.ExitStack() as stack:
-        calls = []
-        for contender in contenders:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            stage(folder, CONTENDERS[contender])
-            port, api_port, _ = stack.enter_context(emulator(folder))
-            calls.append(client(port))
-            calls[-1]()
-            if contender == "this extension":
-                process = extension_process(api_port)
-        added = []
-        for number in range(events):
-            if number % 1000 == 0:
-                progress(f"event {number:,} of {events:,}")
-            added.append(calls[0]() - calls[1]())
-        cpu, pause = {}, 0
-        for size in 1_000, 100_000, 5_000_000, 1_000:
-            name = f"{size:,} bytes" + (", as rarely as those" if pause else "")
-            progress(f"payloads of {name}")
-            payload, count = json.dumps({"data": "x" * size}).encode(), 100
-            before, start = cpu_seconds(process), time.monotonic()
-            for _ in range(count):
-                time.sleep(pause)
-                calls[0](payload)
-            if size == 5_000_000:
-                pause = (time.monotonic() - start) / count
-            time.sleep(0.05)
-            cpu[name] = (cpu_seconds(process) - before) / count * 1e6
-    progress("")
-    return {
-        "added to a warm invoke at event 1,000, ms": statistics.median(added[500:1500]) * 1e3,
-        f"added to a warm invoke at event {events:,}, ms": statistics.median(added[-1000:]) * 1e3,
-        **{f"CPU per event with a payload of {name}, µs": value for name, value in cpu.items()},
-    }
-
-
-def image(base_image):
-    """The image's figures on that base: MB added to it, and seconds to build from nothing and after an edit."""
-    tag = f"{NAME}-benchmark"
-
-    def build(sample, *options):
-        start = time.perf_counter()
-        options = ["--build-arg", f"BASE_IMAGE={base_image}", "--tag", tag, *options]
-        run("docker", "build", "--quiet", *options, sample, stderr=subprocess.DEVNULL)
-        return time.perf_counter() - start
-
-    def size(name):
-        return int(run("docker", "image", "inspect", "--format", "{{.Size}}", name)) / 1e6
-
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        sample = shutil.copytree(ROOT, Path(folder) / NAME, ignore=shutil.ignore_patterns(".run", ".venv", ".git"))
-        progress("building the image from nothing")
-        figures["build from nothing, s"] = build(sample, "--no-cache")
-        figures["size added to the base, MB"] = size(tag) - size(base_image)
-        for edited in "lambda_function.py", f"{NAME}/extension.py":
-            times = []
-            for number in range(5):
-                progress(f"building the image after an edit of {edited}")
-                with (sample / edited).open("a") as file:
-                    file.write(f"# edit {number}\n")
-                times.append(build(sample))
-            figures[f"build after an edit of {edited}, s"] = statistics.median(times)
-    run("docker", "image", "rm", tag)
-    progress("")
-    return figures
-
-
-def table(results):
-    """The results as a table in Markdown; in parentheses the ratio to the unpooled extension."""
-    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    for figure, (unit, digits, added) in FIGURES.items():
-        cells = []
-        for contender, figures in results.items():
-            if figure not in figures:
-                cells.append("–")
-                continue
-            median, low, high = figures[figure]
-            cell = f"{median:,.{digits}f}"
-            if high > low:
-                cell += f" [{low:,.{digits}f}–{high:,.{digits}f}]"
-            if contender not in ("no extension", "unpooled"):
-                cell += f" (×{ratio(results, figure, contender):.2f})"
-            cells.append(cell)
-        name = f"{figure}, {unit}" if unit else figure
-        lines.append(f"| {name}{' ¹' if added else ''} | " + " | ".join(cells) + " |")
+def table(results, reference):
+    """Results, {extension: [{figure: value}]}, in Markdown: median [lowest–highest] ×ratio to the reference."""
+    lines = [f"| | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
+    for figure in results[reference][0]:
+        digits, cells, base = 2 if "invocation" in figure else 0, [figure], None
+        for name, rounds in results.items():
+            values = [figures[figure] for figures in rounds if figure in figures]
+            median = statistics.median(values or [0])
+            base = median if name == reference else base
+            cell = f"{median:,.{digits}f}" if values else "–"
+            if len(values) > 1:
+                cell += f" [{min(values):,.{digits}f}–{max(values):,.{digits}f}]"
+            cells.append(cell if base in (None, median) else f"{cell} ×{median / base:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def chart(results, path):
-    """Draws the figures, relative to the unpooled extension, into an image file."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"svg.hashsalt": NAME, "svg.fonttype": "none"}
-    figures = ["init", "warm invoke", "CPU per event", "RSS"]
-    contenders = [contender for contender in results if contender != "no extension"]
-    _, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    width = 0.8 / len(contenders)
-    colors = {"unpooled": "#bbbbbb", "pooled": "#88aacc", "this extension": "#dd7722", "http.client": "#99bb99"}
-    for number, contender in enumerate(contenders):
-        values = [ratio(results, figure, contender) for figure in figures]
-        positions = [place + number * width for place in range(len(figures))]
-        bars = axes.bar(positions, values, width * 0.94, label=contender, color=colors[contender])
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    names = [f"{figure},\nadded by the extension" if FIGURES[figure][2] else figure for figure in figures]
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(figures))], names)
-    axes.set_ylabel("unpooled = 1")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(contenders), loc="upper center", bbox_to_anchor=(0.5, 1.12))
-    plt.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="runs of each contender, taken in turn (default: 9)")
-    parser.add_argument("--invocations", type=int, default=1000, help="warm invocations in a run (default: 1000)")
-    parser.add_argument("--growth", type=int, metavar="EVENTS", help="also run this extension for this many events")
-    parser.add_argument("--image", metavar="BASE_IMAGE", help="also build the image on that base and measure it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw the results, as .svg or .png")
+    aws = "extensions of AWS's, folders as for /opt; ratios are to the first (default: to unpooled.py)"
+    parser.add_argument("--aws", nargs="+", type=Path, default=[], metavar="PATH", help=aws)
+    parser.add_argument("--rounds", type=int, default=9, help="in which each is measured (default: 9)")
+    parser.add_argument("--invocations", type=int, default=1000, help="of a warm function, in a round (default: 1000)")
+    parser.add_argument("--events", type=int, default=1000, help="for which to count TCP connections (default: 1000)")
     options = parser.parse_args()
-    if os.geteuid() != 0 or sys.platform != "linux":
-        parser.error("this needs Linux and root, for mount namespaces without a user namespace around them")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    global installed_folder
-    installed_folder = installed()
-    results = benchmark(options.rounds, options.invocations)
-    print(f"Median of {options.rounds} runs of {options.invocations} invocations each [lowest–highest] (× unpooled)\n")
-    print(table(results))
-    print("\n¹ ratio of the time added to an invocation")
-    everything = {"extensions": results}
-    if options.growth:
-        everything["growth"] = growth(options.growth)
-        print()
-        for name, value in everything["growth"].items():
-            print(f"{name}: {value:,.2f}" if name.endswith("ms") else f"{name}: {value:,.0f}")
-    if options.image:
-        everything["image"] = image(options.image)
-        print()
-        for name, value in everything["image"].items():
-            print(f"{name}: {value:.1f}")
-    if options.json:
-        options.json.write_text(json.dumps(everything, indent=2) + "\n")
-    if options.chart:
-        chart(results, options.chart)
+    sources = {NONE: None} | {f"AWS's {next(opt.glob('extensions/*')).name}": opt for opt in options.aws}
+    if not options.aws:
+        sources["unpooled.py"] = ROOT / "benchmark/unpooled.py"
+    _, reference, *_ = sources
+    sources |= {"this extension": ROOT / NAME / "extension.py", "http_client.py": ROOT / "benchmark/http_client.py"}
+    emulator, packages, environment = installed()
+    results = {name: [] for name in sources}
+    with tempfile.TemporaryDirectory() as folder, cpu_limit(CORES) as limit:
+        opts = {name: Path(folder) / name / "opt" for name in sources}
+        for name, opt in opts.items():
+            stage(opt, sources[name], packages, environment)
+        for number in range(options.rounds):
+            for name, opt in opts.items():
+                print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr)
+                figures = measure(opt, emulator, environment, limit, options.invocations)
+                results[name].append(figures)
+                if name != NONE:
+                    figures["added to a warm invocation, ms"] = figures[WARM] - results[NONE][-1][WARM]
+        for name, rounds in list(results.items())[1:]:
+            connections = count_connections(opts[name], environment, options.events)
+            rounds[0][f"TCP connections for {options.events:,} events"] = connections
+    print(f"Median of {options.rounds} rounds [lowest–highest] ×ratio to {reference}\n\n{table(results, reference)}")
 
 
 if __name__ == "__main__":

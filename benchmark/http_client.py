@@ -1,4 +1,3 @@
-#!/usr/bin/env -S python3 -E -S
 """The floor for Python: the standard library's HTTP client on one TCP connection, nothing checked."""
 
 import http.client
@@ -14,9 +13,8 @@ connection.request("POST", f"{API}/register", events, {"Lambda-Extension-Name": 
 registered = connection.getresponse()
 registered.read()
 headers = {"Lambda-Extension-Identifier": registered.headers["Lambda-Extension-Identifier"]}
-while True:
+event = {"eventType": None}
+while event["eventType"] != "SHUTDOWN":
     connection.request("GET", f"{API}/event/next", headers=headers)
     event = json.loads(connection.getresponse().read())
     print(f"[{NAME}] Received event: {json.dumps(event)}", flush=True)
-    if event["eventType"] == "SHUTDOWN":
-        break

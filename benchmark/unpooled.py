@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""The plainest extension: requests.get for every event, each on a new TCP connection."""
+"""The plainest extension: requests.get for every event, each on a new TCP connection, as in AWS's example."""
 
 import json
 import os
@@ -10,12 +9,10 @@ import requests
 NAME = Path(__file__).parent.name
 API = f"http://{os.environ['AWS_LAMBDA_RUNTIME_API']}/2020-01-01/extension"
 
-registered = requests.post(
-    f"{API}/register", json={"events": ["INVOKE", "SHUTDOWN"]}, headers={"Lambda-Extension-Name": NAME}
-)
+events = {"events": ["INVOKE", "SHUTDOWN"]}
+registered = requests.post(f"{API}/register", json=events, headers={"Lambda-Extension-Name": NAME})
 headers = {"Lambda-Extension-Identifier": registered.headers["Lambda-Extension-Identifier"]}
-while True:
+event = {"eventType": None}
+while event["eventType"] != "SHUTDOWN":
     event = requests.get(f"{API}/event/next", headers=headers).json()
     print(f"[{NAME}] Received event: {json.dumps(event)}", flush=True)
-    if event["eventType"] == "SHUTDOWN":
-        break
