@@ -67,7 +67,7 @@ def measure(opt, emulator, environment, limit, invocations):
                     figures["CPU per event, µs"] = (cpu_microseconds(process) - before) / invocations
                     figures["RSS, MiB"] = int(re.search(r"VmRSS:\s+(\d+)", (process / "status").read_text())[1]) / 1024
         if daemon:
-            with running(Path(daemon), opt, environment, cgroup) as (connection, *_):
+            with running(Path(daemon).resolve(), opt, environment, cgroup) as (connection, *_):
                 figures[f"first answer under the Daemon{where}, ms"] = milliseconds(connection)
     return figures
 
