@@ -11,7 +11,7 @@ ENV LAMBDA_TASK_ROOT=/var/task
 FROM python AS dependencies
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-pip
-# The lock files are complete, with hashes.
+# The lock files are complete, with hashes. scripts/pip-install says the same for runs without Docker.
 ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all:
 WORKDIR /build
 ARG EXTENSION

@@ -66,7 +66,8 @@ if [ -n "$daemon" ]; then
     : "${MAX_CONCURRENCY:=1}"
     unset AWS_LAMBDA_MAX_CONCURRENCY # it is for the emulator, and would change the runtime
 fi
-for variable in AWS_LAMBDA_FUNCTION_{MEMORY_SIZE,TIMEOUT} AWS_LAMBDA_MAX_CONCURRENCY ${daemon:+MAX_CONCURRENCY}; do
+for variable in AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT AWS_LAMBDA_MAX_CONCURRENCY \
+    ${daemon:+MAX_CONCURRENCY}; do
     [ -n "${!variable:-}" ] || unset "$variable" # the emulator takes an empty one for a number
     [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] || fail "$variable takes a whole number from 1, not '${!variable}'" 2
 done

@@ -62,7 +62,7 @@ def test_every_variable_of_the_script_is_in_a_table_and_the_other_way_round():
     read = set(re.findall(r"\b((?:AWS_LAMBDA|LAMBDA|AMQP|BASE|MAX)_\w+)", (ROOT / f"{NAME}.sh").read_text()))
     tables = [*rows(PAGES["docs/running-locally.md"]), *rows(PAGES["docs/daemon-and-amqp.md"])]
     told = {name for row in tables for name in re.findall(r"^`([A-Z_]+)`(?:, `([A-Z_]+)`)?", row[0]) for name in name}
-    assert told - {""} == read - {"AWS_LAMBDA_FUNCTION_NAME"}
+    assert told - {""} == read - {"AWS_LAMBDA_FUNCTION_NAME", "LAMBDA_TASK_ROOT"}
 
 
 def test_the_aws_cli_deploys_the_function_of_the_template():

@@ -299,7 +299,7 @@ def test_the_container_is_confined_as_lambda_confines_a_function(sample, engine)
         assert run("docker", "exec", container, "sh", "-c", "cp /bin/true /tmp && /tmp/true").returncode == 0
         assert run("docker", "exec", container, "sh", "-c", "touch /var/task/file").returncode != 0
     host = inspected["HostConfig"]
-    assert inspected["Config"]["User"] not in ("", "root", "0")
+    assert inspected["Config"]["User"] == "60999:60999"
     assert (host["Memory"], host["PidsLimit"]) == (256 * 1024 * 1024, 1024)
     assert (host["ReadonlyRootfs"], host["Tmpfs"]) == (True, {"/tmp": "exec,size=512m"})
     assert (host["CapDrop"], host["CapAdd"]) == (["ALL"], None)

@@ -47,7 +47,9 @@ def command_for(sample, port=None):
 
 def start(sample, *prefix, **environment):
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*prefix, *command_for(sample)], env=os.environ | environment, cwd=sample, start_new_session=True, **output)
+    return subprocess.Popen(
+        [*prefix, *command_for(sample)], env=os.environ | environment, cwd=sample, start_new_session=True, **output
+    )
 
 
 def output_of_failure(sample, *prefix, **environment):

@@ -198,7 +198,8 @@ def test_an_extension_that_fails_fails_its_invocation_and_is_started_again(way, 
     extension = copy / NAME / "extension.py"
     logging = f'log(f"{RECEIVED}'
     with once(failure) as line:
-        extension.write_text(extension.read_text().replace(logging, f"{line}    {logging}"))
+        source = extension.read_text().replace(logging, f"{line}    {logging}")
+        extension.write_text(f"import os, signal\n{source}")
         with running(copy, option, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT), **environment) as started:
             url = f"{started.endpoint}/2015-03-31/functions/function/invocations"
             invoked = run("curl", "-sS", "-w", " %{http_code}", "-d", "{}", url)
