@@ -1,5 +1,7 @@
-"""Runs the extension in the folder of its argument and, from its second event to its third, at every line that Python
-executes, sends SIGTERM to a fork. Prints how each fork ended, as JSON: {"file:line what": "exit status, events got"}.
+"""Sends the extension in the folder of its argument SIGTERM at any moment between its second event and its third.
+
+At each of its lines, and in each function that these call, a fork gets the signal. Prints how each of them ended, as JSON:
+{"file:line what": "exit status, events got"}.
 """
 
 import json
@@ -29,7 +31,8 @@ def ending(pid, pipe):
 def trace(frame, what, argument):
     if frame.f_code.co_filename == __file__:
         return None
-    place = f"{frame.f_code.co_filename}:{frame.f_lineno} {what}"
+    file, own = frame.f_code.co_filename, frame.f_code.co_filename.startswith(sys.argv[1])
+    place = f"{file}:{frame.f_lineno if own else frame.f_code.co_name} {what}"
     if place not in endings:
         reader, writer = os.pipe()
         handler = signal.getsignal(signal.SIGTERM)
