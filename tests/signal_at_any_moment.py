@@ -1,7 +1,7 @@
 """Sends the extension in the folder of its argument SIGTERM at any moment between its second event and its third.
 
-At each of its lines, and in each function that these call, a fork gets the signal. Prints how each of them ended, as JSON:
-{"file:line what": "exit status, events got"}.
+At each of its lines, and in each function that these call, a fork gets the signal. Prints how each of them ended, as
+JSON: {"file:line what": "exit status, events got"}.
 """
 
 import json
