@@ -29,6 +29,12 @@ class StartedExtension:
         return self._stderr.read_text()
 
     @property
+    def peak_memory(self):
+        """The most memory that it had so far, in KB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+
+    @property
     def received(self):
         """The types of the events that process() got."""
         return re.findall(r'Received event: {"eventType": "(\w+)"', self.stdout)
