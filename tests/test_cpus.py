@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 from helpers import (
@@ -15,7 +14,6 @@ from helpers import (
     container,
     docker_with,
     first_base_image,
-    install_elsewhere,
     missing,
     run,
 )
@@ -60,17 +58,3 @@ def test_the_build_fails_with_one_line_on_an_unknown_cpu(folder, engine, sample)
     assert built.returncode != 0
     assert "there is no emulator for the CPU riscv64" in built.stdout + built.stderr
     assert run("docker", "build", "--target", "lambda", "--build-arg", f"BASE_IMAGE={tag}", sample).returncode == 0
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("installed_sample")
-def test_without_docker_arm64_gets_its_own_emulator(copy):
-    installed = install_elsewhere(copy, "machine", "aarch64")
-    assert installed.returncode == 0, installed.stderr
-    elf_header = (Path(installed.stdout.strip()) / "aws-lambda-rie").read_bytes()[:20]
-    assert (elf_header[:4], elf_header[18:]) == (b"\x7fELF", b"\xb7\0")  # 183 is arm64
-
-
-def test_without_docker_an_unknown_cpu_fails_with_one_line(sample):
-    ran = install_elsewhere(sample, "machine", "riscv64")
-    assert (ran.returncode, ran.stderr) == (1, f"{NAME}: there is no emulator for the CPU riscv64\n")

@@ -48,8 +48,7 @@ def test_opt_holds_the_launcher_the_extension_and_no_stray_file(copy, base_image
     assert not {*strays, "requirements.txt"} & {*inside(image, f"ls -A /opt/{NAME}").split()}
 
 
-def test_hidden_files_stay_out_of_the_image_and_of_runs_without_docker(way, copy):
-    option, environment = way
+def test_hidden_files_stay_out_of_the_image(base_image, copy):
     dockerfile = copy / "Dockerfile"
     dockerfile.write_text(re.sub(r"(COPY \*\.py (.*)\n)", r"\1COPY data \2data/\n", dockerfile.read_text()))
     for name in "shown", ".env", ".aws/credentials", "in/.env":
@@ -58,7 +57,7 @@ def test_hidden_files_stay_out_of_the_image_and_of_runs_without_docker(way, copy
     (copy / "lambda_function.py").write_text(
         "import os\ndef lambda_handler(event, context):\n    return [files for _, _, files in os.walk('data')]\n"
     )
-    with running(copy, option, **environment) as started:
+    with running(copy, "--docker", BASE_IMAGE=base_image) as started:
         assert json.loads(started.invoke()) == [["shown"], []]
 
 
