@@ -36,7 +36,7 @@ def run(process, init=lambda: None):
             return
         deadline = int((time.time() + SHUTDOWN_SECONDS) * 1000)
         shutdown = {"eventType": SHUTDOWN, "shutdownReason": signal.Signals(signum).name, "deadlineMs": deadline}
-        if waiting and exit_status == 0:
+        if waiting and exit_status == 0:  # else process_events() takes the event next, or has failed
             end_with(lambda: process(shutdown))
 
     def process_events():
@@ -93,7 +93,7 @@ def exit_after(seconds):
 
 
 def catch_signals(stop):
-    """Lets SIGTERM and SIGINT call stop(signum, frame), and end the process SHUTDOWN_SECONDS later."""
+    """Lets SIGTERM and SIGINT, but not those of a fork, call stop(signum, frame), and end it SHUTDOWN_SECONDS later."""
 
     def wait_for_signal():
         while os.read(reader, 1)[0] not in SIGNALS:
