@@ -57,7 +57,7 @@ def test_aws_lambda_runtime_api_missing_or_malformed(extension, address):
     assert "secret" not in fails(extension, address, "] AWS_LAMBDA_RUNTIME_API is not HOST:PORT")
 
 
-@pytest.mark.parametrize("address", ["no..host:9001", "127.0.0.1:99999", f"127.0.0.1:{free_port()}"])
+@pytest.mark.parametrize("address", ["no..host:9001", "127.0.0.1:99999", "127.0.0.1:1"])
 def test_aws_lambda_runtime_api_wrong(extension, address):
     fails(extension, address, f"] POST http://{address}/2020-01-01/extension/register: ")
 
