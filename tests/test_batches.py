@@ -84,9 +84,35 @@ def test_it_goes_on_with_a_collector_that_always(failure, reason, batching):
     assert len(collector.requests) == 2  # with the 100th record, and with the last one
 
 
+def test_a_batch_that_is_refused_keeps_no_other_one_from_arriving(batching):
+    with Collector(answer(400), answer()) as collector:
+        log = send(batching, collector.url, map(event, range(150)))
+    assert f"[{NAME}] 100 records refused: status 400; 0 older ones dropped" in log
+    assert ids(collector.requests[1].json) == ids_of(150)[100:]
+
+
+def test_a_record_that_is_too_large_drops_itself_alone(batching):
+    large = event(10, more=1_000_000 * "x")
+    with Collector(answer()) as collector:
+        log = send(batching, collector.url, [*map(event, range(10)), large, *map(event, range(11, 20))])
+    assert ids(collector.records) == [each for each in ids_of(20) if each != "10"]
+    assert "1 older ones dropped" in log
+
+
+def test_an_array_has_500_records_at_most(batching):
+    with Collector(answer(503)) as collector:
+
+        def recover(connection):
+            collector.answers[""] = [answer()]
+            connection.sendall(event(1000))
+
+        send(batching, collector.url, [*map(event, range(1000)), recover])
+    assert [len(request.json) for request in collector.requests[1:]] == [500, 500, 2]
+
+
 @contextlib.contextmanager
 def nothing_listens(folder):
-    yield (), f"http://127.0.0.1:{free_port()}/{TOKEN}", "not sent yet: ConnectionRefusedError"
+    yield (), f"http://127.0.0.1:{free_port()}/{TOKEN}", "not sent yet: ConnectionError"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Collects records and sends them to COLLECTOR_URL, in JSON arrays and beside the function: each at least once."""
+"""Collects records and sends them to COLLECTOR_URL, in JSON arrays and beside the function: each once or more often."""
 
 import collections
 import json
@@ -9,13 +9,13 @@ import time
 from lifecycle import log
 
 RECORDS, SECONDS = 100, 10  # a batch is due with so many records, or after so much time; after a failure only then
-BYTES = 1_000_000  # of unsent records, and so of a batch; the newest are kept
+ARRAY, BYTES = 500, 1_000_000  # records in an array, and bytes of unsent ones, at most
 DEADLINE, MARGIN = 1, 0.5  # seconds that process() waits for a batch, and leaves before Lambda ends the invocation
 TIMEOUT, ATTEMPTS = 5, 3  # seconds without a byte from the collector; attempts at a time, as one may be stuck
 
 
 class Batches:
-    """Records on their way to a collector: each is kept until a 2xx answer, so a late or lost one sends it again."""
+    """Records on their way to a collector: each is kept until an answer of 2xx, or of 4xx, which refuses it."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -31,14 +31,15 @@ class Batches:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def add(self, record):
-        """Adds a record: anything that JSON can hold, far below BYTES. Any thread may call this."""
+        """Adds a record: anything that JSON can hold. Any thread may call this."""
         text = json.dumps(record)
         with self._lock:
             self._unsent.append((self._added, text))
             self._added += 1
-            self._bytes += len(text) + 1
-            while self._bytes > BYTES:
-                self._bytes -= len(self._unsent.popleft()[1]) + 1
+            self._bytes += len(text)
+            while self._bytes > BYTES:  # the newest are kept, but not one that leaves no room for others
+                _, text = self._unsent.pop() if len(text) > BYTES else self._unsent.popleft()
+                self._bytes -= len(text)
                 self._dropped += 1
 
     def send(self, event):
@@ -67,24 +68,26 @@ class Batches:
                 self._attempts.append(threading.Thread(target=self._post, args=[list(self._unsent)], daemon=True))
                 self._attempts[-1].start()
 
-    def _post(self, batch):
-        try:
-            import requests  # slow, so the cold start does not wait for it
+    def _post(self, unsent):
+        refused = sent = True
+        while unsent and (sent or refused):
+            array, unsent = unsent[:ARRAY], unsent[ARRAY:]
+            try:
+                import requests  # slow, so the cold start does not wait for it
 
-            # A session for each batch: a connection that was kept is dead after a freeze.
-            with requests.Session() as session:
-                session.get_redirect_target = lambda answer: None  # else requests reads the answer, followed or not
-                session.headers["Content-Type"] = "application/json"
-                body = f"[{','.join(text for _, text in batch)}]".encode()
-                with session.post(self._url, body, timeout=TIMEOUT, stream=True) as answer:
-                    problem = f"not sent yet: status {answer.status_code}" if answer.status_code // 100 != 2 else None
-        except Exception as error:  # whatever it is, the extension goes on
-            while error.__context__:
-                error = error.__context__
-            problem = f"not sent yet: {type(error).__name__}"  # its text has the URL, perhaps with a token
-        with self._lock:
-            while not problem and self._unsent and self._unsent[0][0] <= batch[-1][0]:
-                self._bytes -= len(self._unsent.popleft()[1]) + 1
-            dropped, self._dropped = self._dropped, 0
-        if problem or dropped:
-            log(f"{len(batch)} records {problem or 'sent'}; {dropped} older ones dropped")
+                with requests.Session() as session:  # for each array: a connection that was kept is dead after a freeze
+                    session.get_redirect_target = lambda answer: None  # else requests reads the answer, followed or not
+                    session.headers["Content-Type"] = "application/json"
+                    body = f"[{','.join(text for _, text in array)}]".encode()
+                    with session.post(self._url, body, timeout=TIMEOUT, stream=True) as answer:
+                        reason, sent = f"status {answer.status_code}", 200 <= answer.status_code < 300
+                        refused = 400 <= answer.status_code < 500 and answer.status_code not in (408, 429)
+            except Exception as error:  # whatever it is, the extension goes on
+                reason, sent, refused = type(error).__name__, False, False  # its text has the URL, perhaps with a token
+            with self._lock:
+                while (sent or refused) and self._unsent and self._unsent[0][0] <= array[-1][0]:
+                    self._bytes -= len(self._unsent.popleft()[1])
+                dropped, self._dropped = self._dropped, 0
+            if dropped or not sent:
+                outcome = "sent" if sent else "refused" if refused else "not sent yet"
+                log(f"{len(array + unsent)} records {outcome}: {reason}; {dropped} older ones dropped")

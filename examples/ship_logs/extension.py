@@ -29,12 +29,9 @@ def init():
     """Subscribes to the Telemetry API: https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html."""
     batches.start()
     server = ThreadingHTTPServer(("", 0), _Receiver)
-    subscription = {
-        "schemaVersion": "2025-01-29",  # the only one for Managed Instances
-        "types": ["platform", "function"],  # not "extension": its own log lines would come back
-        "buffering": {"timeoutMs": 25},  # the minimum
-        "destination": {"protocol": "HTTP", "URI": f"http://sandbox.localdomain:{server.server_port}"},
-    }
+    # The schema that Managed Instances know; not the type "extension": its own lines would come back; the least delay.
+    subscription = {"schemaVersion": "2025-01-29", "types": ["platform", "function"], "buffering": {"timeoutMs": 25}}
+    subscription["destination"] = {"protocol": "HTTP", "URI": f"http://sandbox.localdomain:{server.server_port}"}
     try:
         status, _, _ = api.send("PUT", "/2022-07-01/telemetry", subscription)
     except ExtensionsApiError as error:
