@@ -184,7 +184,7 @@ def test_an_event_refused(extension, before, status):
 
 
 @pytest.mark.parametrize("body", [b"", b"soon", b"\xff\xfe", b"5", b"[]", b"{}", b'{"eventType": null}', b"[" * 9_999])
-def test_an_event_that_is_none(extension, before, body):
+def test_an_event_that_is_not_an_event(extension, before, body):
     with ExtensionsApiServer([*before, answer(body=body)]) as api:
         fails(extension, api, f"/extension/event/next: not an event: {body[:4].decode(errors='ignore')}".rstrip())
         reports(api)
