@@ -127,6 +127,7 @@ def shipping_sample(copy):
     return copy
 
 
+@pytest.mark.slow
 def test_it_runs_under_the_emulator(shipping_sample):
     with running(shipping_sample, "--no-docker", "-e", "COLLECTOR_URL=http://127.0.0.1:1/") as it:
         assert json.loads(it.invoke()) == HELLO
