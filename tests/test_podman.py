@@ -42,23 +42,14 @@ def podman(folder, engine):
     podman("system", "reset", "--force")
 
 
-def test_podman_runs_the_sample_read_only_and_without_capabilities(podman):
+def test_podman_runs_the_sample_and_removes_its_container(podman):
     sample, options, command = podman
     with running(sample, "--docker", **options) as started:
         with started.receives():
             assert json.loads(started.invoke()) == HELLO
-        container = command("ps", "--quiet").stdout.strip()
-        assert re.search(r"^CapEff:\s+0+$", command("exec", container, "cat", "/proc/1/status").stdout, re.MULTILINE)
-        assert command("exec", container, "touch", "/var/task/file").returncode != 0
         assert started.stop()[0] == 0
         assert '"eventType": "SHUTDOWN"' in started.output
     assert command("ps", "--all", "--quiet").stdout == ""
-
-
-def test_podman_runs_managed_instances(podman):
-    sample, options, _ = podman
-    with running(sample, "--docker", AWS_LAMBDA_MAX_CONCURRENCY="2", **options) as started:
-        assert json.loads(started.invoke(**{"Content-Type": "application/json"})) == HELLO
 
 
 def test_podman_runs_the_daemon_with_a_broker_of_this_machine_and_without_its_proxies(podman, stand_in):

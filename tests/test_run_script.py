@@ -28,28 +28,21 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="running without D
 NO_IMAGE = "localhost:1/no/such/image:here"
 
 
-def script(sample, *arguments, path=None, **environment):
-    """Runs the run script to its end. With a path, only the commands there are to be found."""
-    environment = os.environ | environment | ({"PATH": str(path)} if path else {})
-    return run(sample / f"{NAME}.sh", "-p", free_port(), *arguments, env=environment, timeout=120)
+def script(sample, *arguments, **environment):
+    """Runs the run script to its end."""
+    return run(sample / f"{NAME}.sh", "-p", free_port(), *arguments, env=os.environ | environment, timeout=120)
 
 
-@pytest.fixture
-def commands(tmp_path):
-    """A folder for PATH with the commands of this machine, but for those that a test removes or replaces."""
-    path = tmp_path / "commands"
-    path.mkdir()
-    folders = filter(os.path.isdir, reversed(os.environ["PATH"].split(":")))
-    for name, command in {entry.name: entry.path for folder in folders for entry in os.scandir(folder)}.items():
-        os.symlink(command, path / name)
-    return path
-
-
-def replace(commands, name, program):
-    (commands / name).unlink(missing_ok=True)
+def path_with(folder, name, program):
+    """A PATH with the commands of this machine, but for one: a program of sh takes its place, or None."""
+    places = filter(os.path.isdir, reversed(os.environ["PATH"].split(":")))
+    for command in {entry.name: entry.path for place in places for entry in os.scandir(place)}.values():
+        (folder / os.path.basename(command)).symlink_to(command)
+    (folder / name).unlink(missing_ok=True)
     if program:
-        (commands / name).write_text(f"#!/bin/sh\n{program}\n")
-        (commands / name).chmod(0o755)
+        (folder / name).write_text(f"#!/bin/sh\n{program}\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
 
 
 def one_line(ran, status=1):
@@ -60,29 +53,22 @@ def one_line(ran, status=1):
     return line
 
 
-@pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_shows_the_usage(sample, option):
-    ran = script(sample, option)
-    assert ran.returncode == 0
-    assert ran.stdout.startswith(f"usage: {sample}/{NAME}.sh [--docker | --no-docker] ")
-
-
 @pytest.mark.parametrize(
-    ("arguments", "environment"),
+    "arguments",
     [
-        (["--nonsense"], {}),
-        (["stray"], {}),
-        *((["-e", *variable], {}) for variable in [[], ["1=2"], ["=2"], ["A-B=2"]]),
-        *((["-p", *publish], {}) for publish in [[], ["http"], ["0"], ["08080"], ["65536"], ["localhost:8080"]]),
-        *((["-p", publish], {}) for publish in ["[::1]:8080", "1.2.3:8080", ":8080", "127.0.0.1:", "127.0.0.1"]),
-        ([], {"AWS_LAMBDA_FUNCTION_TIMEOUT": "abc"}),
-        (["-e", "AWS_LAMBDA_FUNCTION_MEMORY_SIZE=0"], {}),
-        (["-e", "AWS_LAMBDA_MAX_CONCURRENCY"], {"AWS_LAMBDA_MAX_CONCURRENCY": "-1"}),
-        ([], {"LAMBDA_RUNTIME_API_DAEMON": "/bin/true", "MAX_CONCURRENCY": "many"}),
+        "--nonsense",
+        "stray",
+        "-e",
+        "-p",
+        *(f"-e {variable}" for variable in ("1=2", "=2", "A-B=2")),
+        *(f"-p {publish}" for publish in ("http", "0", "08080", "65536", "localhost:8080", "127.0.0.1", "127.0.0.1:")),
+        *(f"-p {publish}" for publish in ("[::1]:8080", "1.2.3:8080", ":8080")),
+        *(f"-e AWS_LAMBDA_{limit}" for limit in ("FUNCTION_TIMEOUT=a", "FUNCTION_MEMORY_SIZE=0", "MAX_CONCURRENCY=-1")),
+        "-e LAMBDA_RUNTIME_API_DAEMON=/bin/true -e MAX_CONCURRENCY=many",
     ],
 )
-def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments, environment):
-    ran = script(sample, *arguments, **environment)
+def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments):
+    ran = script(sample, *arguments.split())
     one_line(ran, status=2)
     assert (ran.stdout, ran.stderr.count("\n")) == ("", 1)
 
@@ -91,14 +77,18 @@ def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments, environmen
 @pytest.mark.parametrize(
     ("command", "program", "reason"),
     [
-        ("python3", None, "this needs Python 3.10 or newer"),
         ("python3", "echo Python 3.9.2", "this needs Python 3.10 or newer"),
         ("uname", "echo Darwin", "--no-docker needs Linux; use Docker here"),
     ],
 )
-def test_a_machine_that_cannot_run_it_without_docker_is_told_so(sample, commands, command, program, reason):
-    replace(commands, command, program)
-    assert reason in one_line(script(sample, "--no-docker", path=commands))
+def test_a_machine_that_cannot_run_it_without_docker_is_told_so(sample, tmp_path, command, program, reason):
+    assert reason in one_line(script(sample, "--no-docker", PATH=path_with(tmp_path, command, program)))
+
+
+@on_linux
+def test_lambda_managed_instances_need_docker(sample):
+    ran = script(sample, "--no-docker", "-e", "AWS_LAMBDA_MAX_CONCURRENCY=2")
+    assert one_line(ran) == f"{NAME}: AWS_LAMBDA_MAX_CONCURRENCY needs Docker"
 
 
 @on_linux
@@ -110,12 +100,12 @@ def test_a_machine_that_cannot_run_it_without_docker_is_told_so(sample, commands
         ("[ $1 = version ]", {"BASE_IMAGE": NO_IMAGE}, f"the base image {NO_IMAGE} cannot be pulled"),
     ],
 )
-def test_only_without_docker_option_does_it_fall_back_and_say_why(sample, commands, docker, environment, reason):
-    replace(commands, "docker", docker)
-    with running(sample, PATH=str(commands), **environment) as started:
+def test_only_without_docker_option_does_it_fall_back_and_say_why(sample, tmp_path, docker, environment, reason):
+    environment = environment | {"PATH": path_with(tmp_path, "docker", docker)}
+    with running(sample, **environment) as started:
         assert f"without Docker, on this machine: {reason}" in started.output
         assert json.loads(started.invoke()) == HELLO
-    assert reason in one_line(script(sample, "--docker", path=commands, **environment))
+    assert reason in one_line(script(sample, "--docker", **environment))
 
 
 def test_two_runs_listen_side_by_side_each_on_its_address_alone(way, sample):
@@ -132,17 +122,6 @@ def test_two_runs_listen_side_by_side_each_on_its_address_alone(way, sample):
             assert one.received != other.received
             one.stop()
             assert json.loads(other.invoke()) == HELLO
-
-
-def test_of_three_starts_on_one_port_at_once_one_runs_and_the_others_fail_and_clean_up(way, copy):
-    option, environment = way
-    port = str(free_port())
-    with contextlib.ExitStack() as stack:
-        starts = [running(copy, option, "-p", port, wait=False, **environment) for _ in range(3)]
-        starts = [stack.enter_context(start) for start in starts]
-        wait_until(lambda: sum(start.process.poll() is None for start in starts) == 1, 60)
-        assert sorted(start.process.poll() or 0 for start in starts) == [0, 1, 1]
-        assert len(list(copy.glob(".run/run.*"))) == (option == "--no-docker")
 
 
 def nothing_is_left(started, sample, but=0):
@@ -162,21 +141,14 @@ def test_a_signal_ends_it_within_two_seconds_with_0_and_nothing_is_left(way, cop
         wait_until(lambda: nothing_is_left(started, copy), 1)
 
 
-def test_further_signals_do_not_interrupt_its_end(way, copy):
+def test_it_kills_what_ignores_the_signal_and_no_further_signal_interrupts_that(way, copy, stand_in):
     option, environment = way
-    with running(copy, option, **environment) as started:
+    with running(copy, option, "-e", "IGNORE_SIGTERM=1", LAMBDA_RUNTIME_API_DAEMON=stand_in, **environment) as started:
+        start = time.monotonic()
         while started.process.poll() is None:
             started.process.send_signal(signal.SIGTERM)
             time.sleep(0.01)
-        assert started.process.returncode == 0
-        wait_until(lambda: nothing_is_left(started, copy), 1)
-
-
-def test_kills_what_ignores_the_signal(way, copy, stand_in):
-    option, environment = way
-    with running(copy, option, "-e", "IGNORE_SIGTERM=1", LAMBDA_RUNTIME_API_DAEMON=stand_in, **environment) as started:
-        status, seconds = started.stop()
-        assert (status, 2 <= seconds < 15) == (0, True)
+        assert (started.process.returncode, 2 <= time.monotonic() - start < 15) == (0, True)
         wait_until(lambda: nothing_is_left(started, copy), 1)
 
 

@@ -13,7 +13,6 @@ from helpers import (
     HELLO,
     NAME,
     RECEIVED,
-    ROOT,
     copy_misbehaving_sample,
     copy_sample,
     need_namespaces,
@@ -48,11 +47,20 @@ def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_wor
 
 
 @pytest.mark.slow
-def test_of_two_first_runs_at_once_one_installs_for_both(fresh):
-    with running(fresh, "--no-docker", wait=False) as one, running(fresh, "--no-docker") as other:
+def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fresh):
+    options = {}
+    if os.geteuid() == 0:
+        options = {"user": 12345, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
+        for path in [fresh, *fresh.rglob("*")]:
+            os.chown(path, 12345, 12345)
+    with running(fresh, "--no-docker", wait=False, **options) as one, running(fresh, "--no-docker", **options) as other:
         one.wait_until_ready()
         assert (one.output + other.output).count("installing the dependencies") == 1
-        assert json.loads(one.invoke()) == json.loads(other.invoke()) == HELLO
+        for started in one, other:
+            with started.receives():
+                assert json.loads(started.invoke()) == HELLO
+            assert started.stop()[0] == 0
+    assert not processes_of(fresh)
     assert len(list(fresh.glob(".run/*"))) == 1
 
 
@@ -96,7 +104,6 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
         assert not os.path.exists(f"/opt/{NAME}")
         assert (fresh / ".run").stat().st_mode & 0o777 == 0o700
     assert tree() == before
-    assert "/.run/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.slow
@@ -113,18 +120,6 @@ def test_the_next_run_has_each_edit_and_installs_again_after_one_of_the_pins(cop
         file.write("# changed\n")
     with running(copy, "--no-docker") as started:
         assert "installing" in started.output
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_works_as_an_ordinary_user(fresh):
-    for path in [fresh, *fresh.rglob("*")]:
-        os.chown(path, 12345, 12345)
-    with running(fresh, "--no-docker", user=12345, PATH="/usr/local/bin:/usr/bin:/bin", HOME="/") as started:
-        with started.receives():
-            assert json.loads(started.invoke()) == HELLO
-        assert started.stop()[0] == 0
-    assert not processes_of(fresh)
 
 
 def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(
@@ -144,9 +139,3 @@ def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_pack
         assert NAME in listing("/opt/extensions")
         assert str(os.getpid()) not in listing("/proc")
         assert json.loads(started.invoke(b'{"import": "pip"}'))["errorType"] == "ModuleNotFoundError"
-
-
-def test_lambda_managed_instances_need_docker(sample):
-    with running(sample, "--no-docker", "-e", "AWS_LAMBDA_MAX_CONCURRENCY=2", wait=False) as started:
-        assert started.process.wait(60) == 1
-        assert started.output == f"{NAME}: AWS_LAMBDA_MAX_CONCURRENCY needs Docker\n"

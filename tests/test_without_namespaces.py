@@ -8,8 +8,8 @@ import sys
 import pytest
 from helpers import HELLO, NAME, ROOT, processes_of, running, wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
-LINKS = ["extensions", NAME]
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
+pytestmark = [on_linux, pytest.mark.usefixtures("installed_sample")]
 
 
 @pytest.fixture
@@ -28,32 +28,22 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.usefixtures("installed_sample")
-def test_it_links_into_opt_for_the_duration_of_the_run(copy, opt):
+def test_it_links_into_opt_for_the_duration_of_the_run_and_replaces_the_links_of_a_killed_one(copy, opt):
+    with running_there(copy, opt) as started:
+        assert f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n" in started.output
+        os.killpg(started.process.pid, signal.SIGKILL)
+        wait_until(lambda: not processes_of(copy))
+        assert names(opt) == ["extensions", NAME]
     with running_there(copy, opt) as started:
         with started.receives():
             assert json.loads(started.invoke()) == HELLO
-        assert f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n" in started.output
-        assert names(opt) == LINKS
+        assert names(opt) == ["extensions", NAME]
         assert started.stop()[0] == 0
         assert '"eventType": "SHUTDOWN"' in started.output
     assert names(opt) == []
     assert not processes_of(copy)
 
 
-@pytest.mark.usefixtures("installed_sample")
-def test_after_a_killed_run_nothing_runs_and_the_next_run_takes_its_place(copy, opt):
-    with running_there(copy, opt) as started:
-        assert json.loads(started.invoke()) == HELLO
-        os.killpg(started.process.pid, signal.SIGKILL)
-        wait_until(lambda: not processes_of(copy))
-        assert names(opt) == LINKS
-    with running_there(copy, opt) as started:
-        assert json.loads(started.invoke()) == HELLO
-        assert len(list(copy.glob(".run/run.*"))) == 1
-
-
-@pytest.mark.usefixtures("installed_sample")
 def test_it_does_not_replace_what_is_in_opt(copy, opt):
     (opt / "extensions").mkdir()
     with running_there(copy, opt, wait=False) as started:
