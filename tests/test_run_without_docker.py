@@ -74,7 +74,6 @@ NO_INDEX = {"PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_
         (NO_INDEX | {"PIP_INDEX_URL": "http://127.0.0.1:1/simple"}, "Connection refused"),
         ({}, "Hashes are required in --require-hashes mode"),
     ],
-    ids=["no index", "no hashes"],
 )
 def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh, environment, words):
     if not environment:

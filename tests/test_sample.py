@@ -29,10 +29,10 @@ from helpers import (
 TIMEOUT = 5  # enough for a cold start on a busy machine
 
 
-@pytest.fixture(scope="module")
-def misbehaving_sample(way, folder, sample):
+@pytest.fixture
+def misbehaving_sample(tmp_path, sample):
     """A copy of the sample whose function does what the event says."""
-    return copy_misbehaving_sample(folder / f"misbehaving{way[0]}", sample)
+    return copy_misbehaving_sample(tmp_path / "sample", sample)
 
 
 def curl(sample_run):
@@ -85,7 +85,6 @@ def test_one_extension_logs_each_of_a_hundred_invocations(way, sample, sample_ru
         (b'{"sleep": 60}', f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
         (b'{"exit": 3}', "Runtime.ExitError", "ReleaseFail"),
     ],
-    ids=["takes too long", "dies"],
 )
 def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(
     way, misbehaving_sample, payload, answer, reason
@@ -133,10 +132,9 @@ def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(way, misbeh
         assert started.output.endswith(f"{NAME}: {what} ended with status 2; see its output above\n")
 
 
-def test_lambda_managed_instances_run_four_invocations_at_the_same_time(folder, sample, engine):
-    copy = copy_misbehaving_sample(folder / "managed", sample)
+def test_lambda_managed_instances_run_four_invocations_at_the_same_time(misbehaving_sample, engine):
     environment = {"AWS_LAMBDA_MAX_CONCURRENCY": "4", "BASE_IMAGE": first_base_image()}
-    with running(copy, "--docker", **environment) as started, ThreadPoolExecutor(4) as pool:
+    with running(misbehaving_sample, "--docker", **environment) as started, ThreadPoolExecutor(4) as pool:
 
         def invoke(payload):
             return started.invoke(payload, **{"Content-Type": "application/json"})
