@@ -1,74 +1,50 @@
-"""The choices of lambda-entrypoint.sh, with a python3 and an emulator that print their arguments."""
+"""The choices of lambda-entrypoint.sh, with commands that print their arguments."""
 
 import pytest
 from helpers import ROOT, run
 
 HANDLER = "lambda_function.lambda_handler"
+ON_LAMBDA = {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}
+WRAPPED = {"AWS_LAMBDA_EXEC_WRAPPER": "wrapper"}  # found in PATH
 
 
 @pytest.fixture
 def entrypoint(tmp_path):
     """Runs the entrypoint with these arguments and this environment."""
-    for command in "python3", "aws-lambda-rie":
-        path = tmp_path / command
-        path.write_text('#!/bin/sh\necho "${0##*/}" "$@"\n')
-        path.chmod(0o755)
     text = (ROOT / "lambda-entrypoint.sh").read_text()
-    copy = tmp_path / "lambda-entrypoint.sh"
-    copy.write_text(text.replace("/usr/local/bin/aws-lambda-rie", str(tmp_path / "aws-lambda-rie")))
-    copy.chmod(0o755)
+    for name, script in {
+        "python3": '#!/bin/sh\necho python3 "$@"\n',
+        "aws-lambda-rie": '#!/bin/sh\necho aws-lambda-rie\nAWS_LAMBDA_RUNTIME_API=localhost exec "$@"\n',
+        "wrapper": '#!/bin/sh\n_HANDLER=other.handler exec "$@"\n',
+        "lambda-entrypoint.sh": text.replace("/usr/local/bin/aws-lambda-rie", f"{tmp_path}/aws-lambda-rie"),
+    }.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
 
-    def start(*arguments, **environment):
-        return run(copy, *arguments, env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | environment)
+    def start(arguments, environment):
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return run(tmp_path / "lambda-entrypoint.sh", *arguments, env=path | environment)
 
     return start
 
 
-def test_starts_the_emulator_with_the_runtime_interface_client_as_its_child(entrypoint):
-    assert entrypoint(HANDLER).stdout == f"aws-lambda-rie python3 -m awslambdaric {HANDLER}\n"
-
-
-def test_starts_the_runtime_interface_client_alone_with_a_runtime_api(entrypoint):
-    started = entrypoint(HANDLER, AWS_LAMBDA_RUNTIME_API="127.0.0.1:9001")
-    assert started.stdout == f"python3 -m awslambdaric {HANDLER}\n"
-
-
-def test_takes_the_handler_from_its_argument_before_the_environment(entrypoint):
-    assert entrypoint(HANDLER, _HANDLER="other.handler").stdout.endswith(f" {HANDLER}\n")
-
-
-def test_takes_the_handler_from_the_environment_without_an_argument(entrypoint):
-    assert entrypoint(_HANDLER=HANDLER).stdout.endswith(f" {HANDLER}\n")
-
-
-def test_starts_a_wrapper_which_may_change_the_handler_before_the_runtime_interface_client(entrypoint, tmp_path):
-    wrapper = tmp_path / "wrapper"
-    wrapper.write_text('#!/bin/sh\nexport _HANDLER=other.handler\nexec "$@"\n')
-    wrapper.chmod(0o755)
-    environment = {"AWS_LAMBDA_EXEC_WRAPPER": str(wrapper)}
-    assert entrypoint(HANDLER, **environment).stdout.startswith(f"aws-lambda-rie {wrapper} ")
-    started = entrypoint(HANDLER, AWS_LAMBDA_RUNTIME_API="127.0.0.1:9001", **environment)
-    assert started.stdout == "python3 -m awslambdaric other.handler\n"
-
-
 @pytest.mark.parametrize(
-    ("arguments", "environment"),
+    ("arguments", "environment", "started"),
     [
-        ((), {}),
-        (("",), {}),
-        ((), {"_HANDLER": ""}),
-        ((HANDLER, "more"), {}),
-        ((HANDLER, "more"), {"_HANDLER": HANDLER}),
+        ([HANDLER], {}, ["aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}"]),
+        ([HANDLER], ON_LAMBDA, [f"python3 -m awslambdaric {HANDLER}"]),
+        ([HANDLER], {"_HANDLER": "other.handler"}, ["aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}"]),
+        ([], {"_HANDLER": HANDLER}, ["aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}"]),
+        ([HANDLER], WRAPPED, ["aws-lambda-rie", "python3 -m awslambdaric other.handler"]),
+        ([HANDLER], WRAPPED | ON_LAMBDA, ["python3 -m awslambdaric other.handler"]),
     ],
 )
-def test_exits_142_and_says_why_without_a_handler_or_with_more_arguments(entrypoint, arguments, environment):
-    started = entrypoint(*arguments, **environment)
-    assert started.returncode == 142
-    assert started.stdout == ""
-    assert started.stderr.count("\n") == 1
-    assert "HANDLER" in started.stderr
+def test_starts_the_emulator_but_on_lambda_then_a_wrapper_then_the_runtime(entrypoint, arguments, environment, started):
+    assert entrypoint(arguments, environment).stdout.splitlines() == started
 
 
-def test_without_a_handler_the_image_exits_142(image):
-    assert run("docker", "run", "--rm", image, "").returncode == 142
-    assert run("docker", "run", "--rm", image, HANDLER, "more").returncode == 142
+@pytest.mark.parametrize("arguments", [[], [""], [HANDLER, "more"]])
+def test_exits_142_and_says_why_without_a_handler_or_with_more_arguments(entrypoint, arguments):
+    ran = entrypoint(arguments, {"_HANDLER": ""})
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (142, "", 1)
+    assert "HANDLER" in ran.stderr
