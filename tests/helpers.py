@@ -89,13 +89,6 @@ def free_port():
             return port
 
 
-def listens(port):
-    """Returns whether something listens on that port of this machine."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
-    return False
-
-
 def processes_of(sample):
     """The command lines of the processes that run in, from, or for that copy of the sample."""
     found = []
@@ -297,16 +290,6 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
             if process.poll() is None:
                 sample_run.stop()
             sys.stdout.write(sample_run.output)
-
-
-def docker_with(buildkit, *arguments, **options):
-    """Runs a docker command with BuildKit ("1") or without ("0"), with the first client on PATH that can."""
-    clients = run("bash", "-c", "type -ap docker").stdout.split()
-    for client in clients:
-        ran = run(client, *arguments, env=os.environ | {"DOCKER_BUILDKIT": buildkit}, **options)
-        if ran.returncode == 0 or "buildx" not in ran.stderr:
-            return ran
-    return missing("no docker client with BuildKit")
 
 
 @contextlib.contextmanager

@@ -15,5 +15,5 @@ def test_one_round_measures_each_figure_of_the_docs():
     assert "| | no extension | unpooled.py | this extension | http_client.py |\n" in ran.stdout
     measured, documented = rows(ran.stdout), rows((ROOT / "docs" / "cost.md").read_text())
     assert [name for name, *_ in measured] == [name for name, *_ in documented if "the Daemon" not in name]
-    assert all(first_number(cells[2]) > 0 for _, *cells in measured)
+    assert all(cells[2] != "–" for _, *cells in measured)
     assert [first_number(cell) for cell in measured[-1][2:]] == [1002, 2, 1]

@@ -11,21 +11,17 @@ WRAPPED = {"AWS_LAMBDA_EXEC_WRAPPER": "wrapper"}  # found in PATH
 @pytest.fixture
 def entrypoint(tmp_path):
     """Runs the entrypoint with these arguments and this environment."""
-    text = (ROOT / "lambda-entrypoint.sh").read_text()
+    entrypoint = (ROOT / "lambda-entrypoint.sh").read_text()
     for name, script in {
         "python3": '#!/bin/sh\necho python3 "$@"\n',
         "aws-lambda-rie": '#!/bin/sh\necho aws-lambda-rie\nAWS_LAMBDA_RUNTIME_API=localhost exec "$@"\n',
         "wrapper": '#!/bin/sh\n_HANDLER=other.handler exec "$@"\n',
-        "lambda-entrypoint.sh": text.replace("/usr/local/bin/aws-lambda-rie", f"{tmp_path}/aws-lambda-rie"),
+        "lambda-entrypoint.sh": entrypoint.replace("/usr/local/bin/aws-lambda-rie", f"{tmp_path}/aws-lambda-rie"),
     }.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
-
-    def start(arguments, environment):
-        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-        return run(tmp_path / "lambda-entrypoint.sh", *arguments, env=path | environment)
-
-    return start
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return lambda arguments, more: run(tmp_path / "lambda-entrypoint.sh", *arguments, env=path | more)
 
 
 @pytest.mark.parametrize(

@@ -65,15 +65,11 @@ def test_it_trusts_the_certificate_authorities_of_its_base(sample, base_image, t
     assert inside(image, f"openssl verify {folder}company.crt").endswith(": OK\n")
 
 
-def test_it_adds_at_most_62_mb_to_its_base_and_no_pip(base_image, image):
+def test_it_adds_at_most_62_mb_with_separate_dependencies_and_without_pip(base_image, image):
     sizes = run("docker", "image", "inspect", "--format", "{{.Size}}", image, base_image).stdout.split()
     assert int(sizes[0]) - int(sizes[1]) <= 62_000_000
-    assert inside(image, "find / -xdev -name pip -o -path '/var/lib/apt/lists/*'") == ""
-
-
-def test_the_dependencies_of_function_and_extension_stay_separate(image):
-    found = inside(image, "find / -xdev -name awslambdaric -o -name requests").split()
-    assert sorted(found) == [f"/opt/{NAME}/requests", "/var/task/awslambdaric"]
+    names = "-name requests -o -name awslambdaric -o -name pip -o -path '/var/lib/apt/lists/*'"
+    assert sorted(inside(image, f"find / -xdev {names}").split()) == [f"/opt/{NAME}/requests", "/var/task/awslambdaric"]
 
 
 def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
@@ -86,12 +82,6 @@ def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
         trace = inside(image, f"{touch}; {imports}")
         assert "matches /" in trace
         assert not re.findall(r"^# code object from (?!'?/\S+\.pyc)\S+", trace, re.MULTILINE)
-
-
-def test_stage_lambda_is_the_same_without_the_emulator(sample, base_image, image):
-    on_lambda = build(sample, f"{TEST_IMAGE}:lambda", base_image, "--target", "lambda")
-    files = "find / -xdev -type f -not -path '/etc/*'"
-    assert {*inside(image, files).split()} - {*inside(on_lambda, files).split()} == {"/usr/local/bin/aws-lambda-rie"}
 
 
 def test_the_extension_runs_in_another_image(image, tmp_path):
@@ -114,8 +104,7 @@ def test_an_edit_of_code_installs_no_dependency_again(copy, base_image):
 
 
 def test_a_lock_file_without_hashes_is_refused(copy, base_image):
-    lock_file = copy / "requirements.txt"
-    lock_file.write_text(re.sub(r" \\\n +--hash=\S+", "", lock_file.read_text()))
+    (copy / "requirements.txt").write_text("awslambdaric==3.0.0\n")
     built = run("docker", "build", "--build-arg", f"BASE_IMAGE={base_image}", copy)
     assert built.returncode != 0
     assert "Hashes are required in --require-hashes mode" in built.stdout + built.stderr

@@ -13,7 +13,7 @@ from helpers import HELLO, RECEIVED, container, copy_sample, rename, run, wait_u
 RENAMED = "renamed-extension"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def layer(folder):
     """The layer of a renamed copy, made by a user whose files nobody else can read, and unpacked."""
     sample, target, temporary = (folder / name for name in ("renamed", "layer", "temporary"))
