@@ -104,7 +104,7 @@ def test_an_edit_of_code_installs_no_dependency_again(copy, base_image):
 
 
 def test_a_lock_file_without_hashes_is_refused(copy, base_image):
-    (copy / "requirements.txt").write_text("awslambdaric==3.0.0\n")
+    (copy / "requirements.txt").write_text("awslambdaric==4.2.2\n")
     built = run("docker", "build", "--build-arg", f"BASE_IMAGE={base_image}", copy)
     assert built.returncode != 0
     assert "Hashes are required in --require-hashes mode" in built.stdout + built.stderr
