@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sandbox import NAME, ROOT, cpu_limit, in_opt, installed, running, stage
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from extensions_api_server import SHUTDOWN, ExtensionsApiServer, invoke
 
 NONE, WARM = "no extension", "warm invocation, ms"

@@ -2,13 +2,32 @@
 # Runs the tests in a virtual environment of their own; it needs bash and Python with pip.
 #   ./tests/run.sh [--all] [pytest options]
 # --all adds the tests that take long or need heavy tools. A test whose tools are missing is skipped, with the reason; with
-# CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package, or podman 5.
+# CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. tests/venv.sh
 
+# Makes, once for each change of lock file $1, the virtual environment in folder $2.
+venv() {
+    local made_for
+    made_for="$PWD $(cksum <"$1")" # its scripts contain its path
+    [ "$(cat "$2/made-for" 2>/dev/null)" != "$made_for" ] || ! "$2/bin/python3" -c '' || return 0
+    echo "Installing the $(grep -c == "$1") packages of $1 into $2, once"
+    rm -rf "$2"
+    # Debian and Ubuntu keep venv's own pip in a separate package, so the pip outside installs into the environment,
+    # with the options of scripts/pip-install, which cannot install programs.
+    python3 -m venv --without-pip "$2"
+    env -u PIP_TARGET -u PIP_PREFIX PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 "$2/bin/python3" \
+        "$(python3 -c 'import pip; print(*pip.__path__)')" install --ignore-installed --disable-pip-version-check \
+        --no-deps --require-hashes --only-binary :all: -r "$1"
+    echo "$made_for" >"$2/made-for"
+}
+
+mkdir -p .venv
+exec 9>.venv/lock
+python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' # until another run has installed
 venv tests/requirements.txt .venv/tests
 case " $* " in *" --all "*) venv tests/requirements-all.txt .venv/tools ;; esac
+exec 9>&-
 # Last on PATH, so that the sample under test still finds the python3 that its users have.
 export HYPOTHESIS_STORAGE_DIRECTORY=.venv/hypothesis PYTHONDONTWRITEBYTECODE=1
 PATH=$PATH:$PWD/.venv/tests/bin exec .venv/tests/bin/python3 -m pytest "$@"

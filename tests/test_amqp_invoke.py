@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import amqp_invoke as example
 import pika
 import pytest
-from helpers import NAME, ROOT, amqp_invoke, connect, free_port, run, wait_until
-
-CLIENT = ROOT / "examples" / "amqp_invoke.py"
+from machine import ROOT, free_port, run, wait_until
+from rabbitmq import invoke_by_amqp
+from sample import NAME
 
 
 @pytest.fixture
 def channel(rabbitmq):
-    with connect(rabbitmq) as connection:
+    with rabbitmq.connect() as connection:
         yield connection.channel()
 
 
@@ -47,14 +47,14 @@ def answer(channel, request, body):
     ("arguments", "event", "expiration"), [([], b"{}", "30000"), (["--timeout", "5", "[1]"], b"[1]", "5000")]
 )
 def test_the_client_prints_its_own_answer(rabbitmq, channel, queue, request_of, arguments, event, expiration):
-    client, request, body = request_of(amqp_invoke, rabbitmq, queue, *arguments)
+    client, request, body = request_of(invoke_by_amqp, rabbitmq.port, queue, *arguments)
     assert (body, request.content_type, request.expiration) == (event, "application/json", expiration)
     answer(channel, request, b"the answer")
     assert (client.result().returncode, client.result().stdout) == (0, "the answer\n")
 
 
 def test_one_channel_serves_several_invocations_and_leaves_no_queue(rabbitmq, channel, queue, request_of):
-    with connect(rabbitmq) as connection:
+    with rabbitmq.connect() as connection:
         its_channel = connection.channel()
         for event in b"1", b"2":
             client, request, _ = request_of(example.invoke, its_channel, queue, event)
@@ -65,7 +65,7 @@ def test_one_channel_serves_several_invocations_and_leaves_no_queue(rabbitmq, ch
 
 
 def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, channel, queue, request_of):
-    client, request, _ = request_of(amqp_invoke, rabbitmq, queue, "--timeout", "1")
+    client, request, _ = request_of(invoke_by_amqp, rabbitmq.port, queue, "--timeout", "1")
     with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="RESOURCE_LOCKED"):
         channel.connection.channel().basic_get(request.reply_to)
     deadline = time.monotonic() + 10
@@ -79,7 +79,7 @@ def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, channel, 
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("amqp://localhost:{rabbitmq}", f"nothing serves the function {NAME}"),
+        ("amqp://lambda:secret%20word@localhost:{broker}", f"nothing serves the function {NAME}"),
         ("amqp://user:secret@localhost:{port}", "no RabbitMQ at localhost:{port}, or access denied"),
         ("amqp://user:secret@no-such-host.invalid", "no RabbitMQ at no-such-host.invalid:5672, or access denied"),
         ("user:secret@localhost", "AMQP_URI takes amqp://"),
@@ -87,8 +87,9 @@ def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, channel, 
     ],
 )
 def test_the_client_says_in_one_line_why_it_cannot_invoke(rabbitmq, uri, said):
-    ports = {"rabbitmq": rabbitmq, "port": free_port()}
-    ran = run(sys.executable, CLIENT, NAME, env=os.environ | {"AMQP_URI": uri.format(**ports)})
+    ports = {"broker": rabbitmq.port, "port": free_port()}
+    client = ROOT / "examples" / "amqp_invoke.py"
+    ran = run(sys.executable, client, NAME, env=os.environ | {"AMQP_URI": uri.format(**ports)})
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
     assert ran.stderr.startswith(said.format(**ports))
     assert "secret" not in ran.stderr

@@ -1,9 +1,11 @@
 """The choices of lambda-entrypoint.sh, with commands that print their arguments."""
 
 import pytest
-from helpers import ROOT, run
+from machine import ROOT, run
+from sample import replace
 
 HANDLER = "lambda_function.lambda_handler"
+RIE, RUNTIME, OTHER = "aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}", "python3 -m awslambdaric other.handler"
 ON_LAMBDA = {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}
 WRAPPED = {"AWS_LAMBDA_EXEC_WRAPPER": "wrapper"}  # found in PATH
 
@@ -11,30 +13,27 @@ WRAPPED = {"AWS_LAMBDA_EXEC_WRAPPER": "wrapper"}  # found in PATH
 @pytest.fixture
 def entrypoint(tmp_path):
     """Runs the entrypoint with these arguments and this environment."""
-    entrypoint = (ROOT / "lambda-entrypoint.sh").read_text()
     for name, script in {
         "python3": '#!/bin/sh\necho python3 "$@"\n',
-        "aws-lambda-rie": '#!/bin/sh\necho aws-lambda-rie\nAWS_LAMBDA_RUNTIME_API=localhost exec "$@"\n',
+        RIE: f'#!/bin/sh\necho {RIE}\nAWS_LAMBDA_RUNTIME_API=localhost exec "$@"\n',
         "wrapper": '#!/bin/sh\n_HANDLER=other.handler exec "$@"\n',
-        "lambda-entrypoint.sh": entrypoint.replace("/usr/local/bin/aws-lambda-rie", f"{tmp_path}/aws-lambda-rie"),
+        "lambda-entrypoint.sh": (ROOT / "lambda-entrypoint.sh").read_text(),
     }.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
+    replace(tmp_path / "lambda-entrypoint.sh", "/usr/local/bin", str(tmp_path))
     path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     return lambda arguments, more: run(tmp_path / "lambda-entrypoint.sh", *arguments, env=path | more)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "started"),
-    [
-        ([HANDLER], {}, ["aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}"]),
-        ([HANDLER], ON_LAMBDA, [f"python3 -m awslambdaric {HANDLER}"]),
-        ([HANDLER], {"_HANDLER": "other.handler"}, ["aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}"]),
-        ([], {"_HANDLER": HANDLER}, ["aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}"]),
-        ([HANDLER], WRAPPED, ["aws-lambda-rie", "python3 -m awslambdaric other.handler"]),
-        ([HANDLER], WRAPPED | ON_LAMBDA, ["python3 -m awslambdaric other.handler"]),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "environment", "started"), [
+    ([HANDLER], {}, [RIE, RUNTIME]),
+    ([HANDLER], ON_LAMBDA, [RUNTIME]),
+    ([HANDLER], {"_HANDLER": "other.handler"}, [RIE, RUNTIME]),
+    ([], {"_HANDLER": HANDLER}, [RIE, RUNTIME]),
+    ([HANDLER], WRAPPED, [RIE, OTHER]),
+    ([HANDLER], WRAPPED | ON_LAMBDA, [OTHER]),
+])  # fmt: skip
 def test_starts_the_emulator_but_on_lambda_then_a_wrapper_then_the_runtime(entrypoint, arguments, environment, started):
     assert entrypoint(arguments, environment).stdout.splitlines() == started
 

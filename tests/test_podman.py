@@ -1,6 +1,5 @@
 """The sample where docker is podman, as Debian's podman-docker makes it, for a user without root."""
 
-import json
 import os
 import pwd
 import re
@@ -8,25 +7,27 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import HELLO, NAME, copy_sample, first_base_image, missing, run, running, tool
+from engine import first_base_image
+from machine import missing, run, tool
+from running import running
+from sample import HELLO, NAME, copy_sample
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def podman(folder, engine):
-    """A user's sample, the options for running it with podman, and a function that runs podman as that user."""
+def options(folder, engine):
+    """The options of running() for a user whose docker is podman, with a copy of the sample in HOME."""
     if os.geteuid() != 0:
         pytest.skip("this needs root, to become another user")
     ranges = Path("/etc/subuid").read_text() if Path("/etc/subuid").exists() else ""
-    users = [name for name in re.findall(r"^([^:]+):", ranges, re.MULTILINE) if name != "root"]
+    users = [name for name in re.findall(r"(?m)^([^:]+):", ranges) if name != "root"]
     user = pwd.getpwnam(users[0]).pw_uid if users else missing("no user with a range in /etc/subuid")
     home = folder / "podman"
-    sample = copy_sample(home / "sample")
+    copy_sample(home / "sample")
     (home / "bin").mkdir()
     (home / "bin" / "docker").symlink_to(tool("podman"))
-    archive = home / "base.tar"
-    assert run("docker", "save", "--output", archive, first_base_image()).returncode == 0
+    assert run("docker", "save", "--output", home / "base.tar", first_base_image()).returncode == 0
     for path in [home, *home.rglob("*")]:
         shutil.chown(path, user, user)
     environment = {"PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home), "XDG_RUNTIME_DIR": str(home)}
@@ -35,26 +36,23 @@ def podman(folder, engine):
         identity = {"user": user, "group": user, "extra_groups": []}
         return run("podman", *arguments, cwd="/", env=os.environ | environment, **identity)
 
-    loaded = podman("load", "--input", archive)
+    loaded = podman("load", "--input", home / "base.tar")
     assert loaded.returncode == 0, loaded.stderr
-    archive.unlink()
-    yield sample, {"user": user, "BASE_IMAGE": f"localhost/{first_base_image()}"} | environment, podman
+    yield {"user": user, "BASE_IMAGE": f"localhost/{first_base_image()}"} | environment
+    left = podman("ps", "--all", "--quiet").stdout
     podman("system", "reset", "--force")
+    assert left == ""
 
 
-def test_podman_runs_the_sample_and_removes_its_container(podman):
-    sample, options, command = podman
-    with running(sample, "--docker", **options) as started:
-        with started.receives():
-            assert json.loads(started.invoke()) == HELLO
-        assert started.stop()[0] == 0
-        assert '"eventType": "SHUTDOWN"' in started.output
-    assert command("ps", "--all", "--quiet").stdout == ""
+def test_podman_runs_the_sample(options):
+    with running(Path(options["HOME"], "sample"), "--docker", **options) as it:
+        assert it.invoke() == HELLO
+        it.ends_cleanly()
 
 
-def test_podman_runs_the_daemon_with_a_broker_of_this_machine_and_without_its_proxies(podman, stand_in):
-    sample, options, _ = podman
-    with running(sample, "--docker", LAMBDA_RUNTIME_API_DAEMON=stand_in, no_proxy="any", **options) as started:
-        environ = json.loads(started.invoke(function=NAME))["environ"]
+def test_podman_runs_the_daemon_with_a_broker_of_this_machine_and_without_its_proxies(options, stand_in):
+    environment = options | {"LAMBDA_RUNTIME_API_DAEMON": stand_in, "no_proxy": "any"}
+    with running(Path(options["HOME"], "sample"), "--docker", **environment) as it:
+        environ = it.invoke(function=NAME)["environ"]
     assert environ["AMQP_URI"].startswith("amqp://host.containers.internal:5672")
     assert "no_proxy" not in environ

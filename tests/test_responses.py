@@ -5,7 +5,6 @@ FUZZ_CASES=5000 ./tests/run.sh -k responses tries more of them than the few hund
 
 import importlib
 import os
-import sys
 
 import pytest
 from extensions_api_server import REGISTERED, ExtensionsApiServer
@@ -38,22 +37,12 @@ def responses(draw):
     return response[: draw(st.integers(0, len(response)) | st.just(len(response)))]
 
 
-def sent(response):
-    """An answer of the server: these bytes, and the end of the connection."""
-
-    def send(connection):
-        connection.sendall(response)
-        connection.shutdown(2)
-
-    return send
-
-
 @pytest.fixture(scope="module")
 def client(extension):
     """The client's module, with the extension's own packages."""
-    sys.path.insert(0, str(extension.parent))
-    yield importlib.import_module("extensions_api")
-    sys.path.remove(str(extension.parent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(extension.parent)
+        yield importlib.import_module("extensions_api")
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +51,28 @@ def server():
         yield server
 
 
-def in_one_line(client, call):
-    """Asserts that the call succeeds, or fails with one line."""
-    try:
-        return call()
-    except client.ExtensionsApiError as error:
-        assert str(error).isprintable()
-        assert len(str(error)) < 10 * client.TEXT_LENGTH
-
-
 @settings(max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(response=responses())
 def test_responses_to_each_request(client, server, monkeypatch, response):
+    def in_one_line(call):
+        try:
+            call()
+        except client.ExtensionsApiError as error:
+            assert str(error).isprintable()
+            assert len(str(error)) < 10 * client.TEXT_LENGTH
+
+    def respond(connection):
+        connection.sendall(response)
+        connection.shutdown(2)
+
     monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", server.address)
     server.requests.clear()
-    server.answers |= {"register": [sent(response)], "event/next": [sent(response)], "error": [sent(response)]}
-    in_one_line(client, client.ExtensionsApi("name").register)
+    server.answers = {"register": [respond], "event/next": [respond], "error": [respond]}
+    in_one_line(client.ExtensionsApi("name").register)
     server.answers["register"] = [REGISTERED]
     api = client.ExtensionsApi("name")
     api.register()
-    in_one_line(client, api.next_event)
-    api.report("Error", "text", [])
-    api.open_session()
-    in_one_line(client, api.next_event)
-    api.report("Error", "text", [])
+    for make_ready in (lambda: None), api.open_session:
+        make_ready()
+        in_one_line(api.next_event)
+        api.report("Error", "text", [])

@@ -7,24 +7,15 @@ import secrets
 import shutil
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers import (
-    HELLO,
-    NAME,
-    copy_misbehaving_sample,
-    first_base_image,
-    free_port,
-    processes_of,
-    run,
-    running,
-    wait_until,
-)
+from engine import first_base_image
+from machine import free_port, processes_of, run, wait_until
+from running import on_linux, running
+from sample import HELLO, NAME
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
 NO_IMAGE = "localhost:1/no/such/image:here"
 
 
@@ -35,9 +26,10 @@ def script(sample, *arguments, **environment):
 
 def path_with(folder, name, program):
     """A PATH with the commands of this machine, but for one: a program of sh takes its place, or None."""
-    places = filter(os.path.isdir, reversed(os.environ["PATH"].split(":")))
-    for command in {entry.name: entry.path for place in places for entry in os.scandir(place)}.values():
-        (folder / os.path.basename(command)).symlink_to(command)
+    for place in filter(os.path.isdir, reversed(os.environ["PATH"].split(":"))):
+        for command in os.scandir(place):
+            (folder / command.name).unlink(missing_ok=True)
+            (folder / command.name).symlink_to(command.path)
     (folder / name).unlink(missing_ok=True)
     if program:
         (folder / name).write_text(f"#!/bin/sh\n{program}\n")
@@ -45,7 +37,7 @@ def path_with(folder, name, program):
     return str(folder)
 
 
-def one_line(ran, status=1):
+def last_line(ran, status=1):
     """The last line of standard error, which must be the script's own."""
     assert ran.returncode == status, ran.stderr
     line = ran.stderr.splitlines()[-1]
@@ -53,42 +45,29 @@ def one_line(ran, status=1):
     return line
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--nonsense",
-        "stray",
-        "-e",
-        "-p",
-        *(f"-e {variable}" for variable in ("1=2", "=2", "A-B=2")),
-        *(f"-p {publish}" for publish in ("http", "0", "08080", "65536", "localhost:8080", "127.0.0.1", "127.0.0.1:")),
-        *(f"-p {publish}" for publish in ("[::1]:8080", "1.2.3:8080", ":8080")),
-        *(f"-e AWS_LAMBDA_{limit}" for limit in ("FUNCTION_TIMEOUT=a", "FUNCTION_MEMORY_SIZE=0", "MAX_CONCURRENCY=-1")),
-        "-e LAMBDA_RUNTIME_API_DAEMON=/bin/true -e MAX_CONCURRENCY=many",
-    ],
-)
+@pytest.mark.parametrize("arguments", ["--nonsense", "stray", "-e", "-p", "-e 1=2", "-e =2", "-e A-B=2",
+    *(f"-p {publish}" for publish in ("http", "0", "08080", "65536", "localhost:8080", "127.0.0.1", "127.0.0.1:",
+                                      "[::1]:8080", "1.2.3:8080", ":8080")),
+    *(f"-e AWS_LAMBDA_{limit}" for limit in ("FUNCTION_TIMEOUT=a", "FUNCTION_MEMORY_SIZE=0", "MAX_CONCURRENCY=-1")),
+    "-e LAMBDA_RUNTIME_API_DAEMON=/bin/true -e MAX_CONCURRENCY=many"])  # fmt: skip
 def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments):
     ran = script(sample, *arguments.split())
-    one_line(ran, status=2)
+    last_line(ran, status=2)
     assert (ran.stdout, ran.stderr.count("\n")) == ("", 1)
 
 
 @on_linux
 @pytest.mark.parametrize(
-    ("command", "program", "reason"),
+    ("command", "program", "arguments", "reason"),
     [
-        ("python3", "echo Python 3.9.2", "this needs Python 3.10 or newer"),
-        ("uname", "echo Darwin", "--no-docker needs Linux; use Docker here"),
+        ("python3", "echo Python 3.9.2", (), "this needs Python 3.10 or newer"),
+        ("uname", "echo Darwin", (), "--no-docker needs Linux; use Docker here"),
+        ("none", "", ("-e", "AWS_LAMBDA_MAX_CONCURRENCY=2"), "AWS_LAMBDA_MAX_CONCURRENCY needs Docker"),
     ],
 )
-def test_a_machine_that_cannot_run_it_without_docker_is_told_so(sample, tmp_path, command, program, reason):
-    assert reason in one_line(script(sample, "--no-docker", PATH=path_with(tmp_path, command, program)))
-
-
-@on_linux
-def test_lambda_managed_instances_need_docker(sample):
-    ran = script(sample, "--no-docker", "-e", "AWS_LAMBDA_MAX_CONCURRENCY=2")
-    assert one_line(ran) == f"{NAME}: AWS_LAMBDA_MAX_CONCURRENCY needs Docker"
+def test_what_cannot_run_without_docker_is_said(sample, tmp_path, command, program, arguments, reason):
+    path = path_with(tmp_path, command, program)
+    assert last_line(script(sample, "--no-docker", *arguments, PATH=path)).startswith(f"{NAME}: {reason}")
 
 
 @on_linux
@@ -102,74 +81,64 @@ def test_lambda_managed_instances_need_docker(sample):
 )
 def test_only_without_docker_option_does_it_fall_back_and_say_why(sample, tmp_path, docker, environment, reason):
     environment = environment | {"PATH": path_with(tmp_path, "docker", docker)}
-    with running(sample, **environment) as started:
-        assert f"without Docker, on this machine: {reason}" in started.output
-        assert json.loads(started.invoke()) == HELLO
-    assert reason in one_line(script(sample, "--docker", **environment))
+    with running(sample, **environment) as it:
+        assert f"without Docker, on this machine: {reason}" in it.output
+        assert it.invoke() == HELLO
+    assert reason in last_line(script(sample, "--docker", **environment))
 
 
-def test_two_runs_listen_side_by_side_each_on_its_address_alone(way, sample):
-    option, environment = way
-    with running(sample, option, **environment) as one:
-        assert f"port {one.port} is in use" in one_line(script(sample, option, "-p", str(one.port), **environment))
-        with running(sample, option, host="127.0.0.2", **environment) as other:
-            assert f"http://127.0.0.2:{other.port}/" in other.output
-            for address in ("127.0.0.2", one.port), ("127.0.0.1", other.port):
-                with pytest.raises(ConnectionRefusedError):
-                    socket.create_connection(address)
-            assert json.loads(one.invoke()) == json.loads(other.invoke()) == HELLO
-            wait_until(lambda: one.received and other.received)
-            assert one.received != other.received
-            one.stop()
-            assert json.loads(other.invoke()) == HELLO
+def test_two_runs_listen_side_by_side_each_on_its_address_alone(start, sample):
+    with start(sample) as one, start(sample, host="127.0.0.2") as other:
+        again = script(sample, start.option, "-p", str(one.port), **start.environment)
+        assert f"port {one.port} is in use" in last_line(again)
+        assert f"{other.endpoint}/" in other.output
+        for address in ("127.0.0.2", one.port), ("127.0.0.1", other.port):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(address)
+        assert one.invoke() == other.invoke() == HELLO
+        wait_until(lambda: one.received and other.received)
+        assert one.received != other.received
+        one.stop()
+        assert other.invoke() == HELLO
 
 
-def nothing_is_left(started, sample, but=0):
-    """Whether no process and no container of a run is left, and no folder, but for that of a killed run."""
-    containers = shutil.which("docker") and run("docker", "ps", "-aq", "--filter", f"publish={started.port}").stdout
-    return not containers and not processes_of(sample) and len(list(sample.glob(".run/run.*"))) <= but
+def is_gone(it, sample, folders=0):
+    """Whether no process and no container of a run is left, and no folder, or that of a killed run."""
+    containers = shutil.which("docker") and run("docker", "ps", "-aq", "--filter", f"publish={it.port}").stdout
+    return not containers and not processes_of(sample) and len(list(sample.glob(".run/run.*"))) <= folders
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_a_signal_ends_it_within_two_seconds_with_0_and_nothing_is_left(way, copy, signum):
-    option, environment = way
-    with running(copy, option, **environment) as started:
-        started.invoke()
-        status, seconds = started.stop(signum)
-        assert (status, seconds < 2) == (0, True)
-        assert '"eventType": "SHUTDOWN"' in started.output
-        wait_until(lambda: nothing_is_left(started, copy), 1)
+def test_a_signal_ends_it_within_two_seconds_with_0_and_nothing_is_left(start, copy, signum):
+    with start(copy) as it:
+        it.invoke()
+        assert it.ends_cleanly(signum) < 2
+        wait_until(lambda: is_gone(it, copy), 1)
 
 
-def test_it_kills_what_ignores_the_signal_and_no_further_signal_interrupts_that(way, copy, stand_in):
-    option, environment = way
-    with running(copy, option, "-e", "IGNORE_SIGTERM=1", LAMBDA_RUNTIME_API_DAEMON=stand_in, **environment) as started:
-        start = time.monotonic()
-        while started.process.poll() is None:
-            started.process.send_signal(signal.SIGTERM)
+def test_it_kills_what_ignores_the_signal_and_no_further_signal_interrupts_that(start, copy, stand_in):
+    with start(copy, "-e", "IGNORE_SIGTERM=1", LAMBDA_RUNTIME_API_DAEMON=stand_in) as it:
+        begin = time.monotonic()
+        while it.process.poll() is None:
+            it.process.send_signal(signal.SIGTERM)
             time.sleep(0.01)
-        assert (started.process.returncode, 2 <= time.monotonic() - start < 15) == (0, True)
-        wait_until(lambda: nothing_is_left(started, copy), 1)
+        assert (it.process.returncode, 2 <= time.monotonic() - begin < 15) == (0, True)
+        wait_until(lambda: is_gone(it, copy), 1)
 
 
-def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder(way, copy):
-    option, environment = way
-    with running(copy, option, **environment) as started:
-        started.invoke()
-        os.killpg(started.process.pid, signal.SIGKILL)
-        wait_until(lambda: nothing_is_left(started, copy, but=1))
-    with running(copy, option, **environment) as started:
-        assert json.loads(started.invoke()) == HELLO
-        started.stop()
-        wait_until(lambda: nothing_is_left(started, copy), 1)
+def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder(start, copy):
+    with start(copy) as it:
+        it.invoke()
+        os.killpg(it.process.pid, signal.SIGKILL)
+        wait_until(lambda: is_gone(it, copy, folders=1))
+    with start(copy) as it:
+        assert it.invoke() == HELLO
+        it.stop()
+        wait_until(lambda: is_gone(it, copy), 1)
 
 
 @on_linux
-def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywhere(way, sample, tmp_path):
-    option, environment = way
-    copy = copy_misbehaving_sample(tmp_path / "copy", sample)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywhere(start, misbehaving, tmp_path):
     passwords = {"PASSWORD": secrets.token_hex(), "AMQP_PASSWORD": secrets.token_hex()}
     shell = {"LINES": "one\ntwo = 'three' \"four\" $five OTHER six\n", "EMPTY": "", "LONG": "x" * 70_000} | passwords
     given = {"GIVEN": "a b=c OTHER d", "UID": "5"}
@@ -178,10 +147,10 @@ def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywh
     words = [word for name in [*shell, "UNSET", "port", "BASH_VERSION"] for word in ("-e", name)]
     words += [word for name, value in given.items() for word in ("-e", f"{name}={value}")]
     others = {"OTHER": "other", "HOST": "x86_64-conda-linux-gnu", "BASH_FUNC_other%%": "() { :; }"}
-    environment = environment | shell | others | {"TMPDIR": str(temporary)}
-    with running(copy, option, *words, **environment) as started:
-        environ = json.loads(started.invoke(b'{"environ": true}'))
-        written = [file.read_bytes() for folder in (temporary, copy) for file in folder.rglob("*") if file.is_file()]
+    with start(misbehaving, *words, **shell, **others, TMPDIR=str(tmp_path)) as it:
+        environ = it.invoke({"environ": True})
+        folders = tmp_path, misbehaving
+        written = [file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()]
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 written.append(process.joinpath("cmdline").read_bytes())
@@ -197,18 +166,16 @@ def test_with_an_engine_it_runs_in_docker_confined_as_lambda_confines_a_function
     if memory == 200:  # and empty as if it were not set
         variables |= {"AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "200", "AWS_LAMBDA_MAX_CONCURRENCY": ""}
     words = [word for name, value in variables.items() for word in ("-e", f"{name}={value}")]
-    with running(sample, *words) if how == "with -e" else running(sample, **variables) as started:
-        assert json.loads(started.invoke()) == HELLO
-        container = started.container
-        (inspected,) = json.loads(run("docker", "inspect", container).stdout)
-        assert run("docker", "exec", container, "sh", "-c", "cp /bin/true /tmp && /tmp/true").returncode == 0
-        assert run("docker", "exec", container, "touch", "/var/task/file").returncode != 0
+    with running(sample, *words) if how == "with -e" else running(sample, **variables) as it:
+        assert it.invoke() == HELLO
+        (inspected,) = json.loads(run("docker", "inspect", it.container).stdout)
+        assert run("docker", "exec", it.container, "sh", "-c", "cp /bin/true /tmp && /tmp/true").returncode == 0
+        assert run("docker", "exec", it.container, "touch", "/var/task/file").returncode != 0
     config, host = inspected["Config"], inspected["HostConfig"]
-    assert config["User"] == "60999:60999"
+    assert (config["User"], host["CapDrop"], host["CapAdd"]) == ("60999:60999", ["ALL"], None)
     assert f"AWS_LAMBDA_FUNCTION_MEMORY_SIZE={memory}" in config["Env"]
     assert (host["Memory"], host["PidsLimit"]) == (memory * 1024 * 1024, 1024)
     assert (host["ReadonlyRootfs"], host["Tmpfs"]) == (True, {"/tmp": "exec,size=512m"})
-    assert (host["CapDrop"], host["CapAdd"]) == (["ALL"], None)
     assert host["SecurityOpt"] == ["no-new-privileges"]
 
 
@@ -218,4 +185,4 @@ def test_it_can_be_started_by_a_link_by_sh_and_in_posix_mode_as_sh_is_on_macos(s
     link.symlink_to(sample / f"{NAME}.sh")
     with socket.create_server(("127.0.0.1", 0)) as server:
         for shell in [], ["sh"], ["bash", "--posix"]:
-            assert "is in use" in one_line(run(*shell, link, "-p", server.getsockname()[1]))
+            assert "is in use" in last_line(run(*shell, link, "-p", server.getsockname()[1]))

@@ -1,28 +1,16 @@
-"""The run script without Docker: what it installs, how it recovers, and how it isolates a run."""
+"""The run script without Docker: what it installs, how it recovers, and how it isolates a run, or links into /opt."""
 
-import json
 import os
-import re
 import signal
-import sys
 import time
 import uuid
 
 import pytest
-from helpers import (
-    HELLO,
-    NAME,
-    RECEIVED,
-    copy_misbehaving_sample,
-    copy_sample,
-    need_namespaces,
-    processes_of,
-    remove_hashes,
-    running,
-    wait_until,
-)
+from machine import PROGRAMS, need_namespaces, processes_of, wait_until
+from running import on_linux, running
+from sample import HELLO, NAME, RECEIVED, copy_sample, replace
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
+pytestmark = on_linux
 
 
 @pytest.fixture
@@ -36,13 +24,13 @@ def fresh(folder):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("seconds", [0.2, 1.5])
 def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_works(fresh, signum, seconds):
-    with running(fresh, "--no-docker", wait=False) as started:
+    with running(fresh, "--no-docker", wait=False) as it:
         wait_until(lambda: list(fresh.glob(".run/run.*")))
         time.sleep(seconds)
-        started.stop(signum)
+        it.stop(signum)
         wait_until(lambda: not processes_of(fresh), 2)
-    with running(fresh, "--no-docker") as started:
-        assert json.loads(started.invoke()) == HELLO
+    with running(fresh, "--no-docker") as it:
+        assert it.invoke() == HELLO
     assert len(list(fresh.glob(".run/*"))) == 1
 
 
@@ -56,10 +44,9 @@ def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fre
     with running(fresh, "--no-docker", wait=False, **options) as one, running(fresh, "--no-docker", **options) as other:
         one.wait_until_ready()
         assert (one.output + other.output).count("installing the dependencies") == 1
-        for started in one, other:
-            with started.receives():
-                assert json.loads(started.invoke()) == HELLO
-            assert started.stop()[0] == 0
+        for it in one, other:
+            assert it.invoke() == HELLO
+            it.ends_cleanly()
     assert not processes_of(fresh)
     assert len(list(fresh.glob(".run/*"))) == 1
 
@@ -77,11 +64,11 @@ NO_INDEX = {"PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_
 )
 def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh, environment, words):
     if not environment:
-        remove_hashes(fresh / NAME / "requirements.txt")
-    with running(fresh, "--no-docker", wait=False, **environment) as started:
-        assert started.process.wait(120) == 1
-        assert words in started.output
-        assert started.output.endswith(f"{NAME}: pip failed; see its words above\n")
+        replace(fresh / NAME / "requirements.txt", "--hash=", "# ")
+    with running(fresh, "--no-docker", wait=False, **environment) as it:
+        assert it.process.wait(120) == 1
+        assert words in it.output
+        assert it.output.endswith(f"{NAME}: pip failed; see its words above\n")
     assert not list(fresh.glob(".run/*"))
 
 
@@ -98,8 +85,8 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
     environment |= {"HOME": f"{tmp_path}/home", "TMPDIR": f"{tmp_path}/tmp", "PIP_NO_BINARY": ":all:"}
     # pip asks rustc for its version, and rustup then writes its settings.
     path = ":".join(folder for folder in os.environ["PATH"].split(":") if not os.path.exists(f"{folder}/rustc"))
-    with running(fresh, "--no-docker", PATH=path, **environment) as started:
-        assert json.loads(started.invoke()) == HELLO
+    with running(fresh, "--no-docker", PATH=path, **environment) as it:
+        assert it.invoke() == HELLO
         assert not os.path.exists(f"/opt/{NAME}")
         assert (fresh / ".run").stat().st_mode & 0o777 == 0o700
     assert tree() == before
@@ -108,33 +95,64 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
 @pytest.mark.slow
 @pytest.mark.usefixtures("installed_sample")
 def test_the_next_run_has_each_edit_and_installs_again_after_one_of_the_pins(copy):
-    function, extension = copy / "lambda_function.py", copy / NAME / "extension.py"
-    function.write_text(function.read_text().replace("Hello from", "Good morning from"))
-    extension.write_text(extension.read_text().replace(RECEIVED, "Saw event"))
-    with running(copy, "--no-docker") as started:
-        assert "installing" not in started.output
-        assert json.loads(started.invoke())["body"] == '"Good morning from Lambda!"'
-        wait_until(lambda: "Saw event" in started.output)
-    with (copy / NAME / "requirements.txt").open("a") as file:
-        file.write("# changed\n")
-    with running(copy, "--no-docker") as started:
-        assert "installing" in started.output
+    replace(copy / "lambda_function.py", "Hello from", "Good morning from")
+    replace(copy / NAME / "extension.py", RECEIVED, "Saw event")
+    with running(copy, "--no-docker") as it:
+        assert "installing" not in it.output
+        assert it.invoke()["body"] == '"Good morning from Lambda!"'
+        wait_until(lambda: "Saw event" in it.output)
+    replace(copy / NAME / "requirements.txt", "requests==", "# changed\nrequests==")
+    with running(copy, "--no-docker") as it:
+        assert "installing" in it.output
 
 
-def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(
-    installed_sample, folder
-):
-    copy = copy_misbehaving_sample(folder / uuid.uuid4().hex, installed_sample)
-    (copy / "lambda_function.py").rename(copy / "other.py")
-    dockerfile = (copy / "Dockerfile").read_text()
-    (copy / "Dockerfile").write_text(re.sub("(?m)^CMD .*", 'CMD [ "other.lambda_handler" ] ', dockerfile))
-    with running(copy, "--no-docker") as started:
+@pytest.mark.usefixtures("installed_sample")
+def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(misbehaving):
+    (misbehaving / "lambda_function.py").rename(misbehaving / "other.py")
+    replace(misbehaving / "Dockerfile", 'CMD ["lambda_function.lambda_handler"]', 'CMD [ "other.lambda_handler" ] ')
+    with running(misbehaving, "--no-docker") as it:
+        assert "template.yaml" in it.invoke({"list": "."})
+        assert {NAME, "extensions", *os.listdir("/opt")} <= {*it.invoke({"list": "/opt"})}
+        assert NAME in it.invoke({"list": "/opt/extensions"})
+        assert str(os.getpid()) not in it.invoke({"list": "/proc"})
+        assert it.invoke({"import": "pip"})["errorType"] == "ModuleNotFoundError"
 
-        def listing(path):
-            return json.loads(started.invoke(json.dumps({"list": path}).encode()))
 
-        assert "template.yaml" in listing(".")
-        assert {NAME, "extensions", *os.listdir("/opt")} <= {*listing("/opt")}
-        assert NAME in listing("/opt/extensions")
-        assert str(os.getpid()) not in listing("/proc")
-        assert json.loads(started.invoke(b'{"import": "pip"}'))["errorType"] == "ModuleNotFoundError"
+# --- Where namespaces are refused, as in a plain container ---
+
+
+@pytest.fixture
+def opt(tmp_path):
+    """The folder that such a run takes for /opt."""
+    (tmp_path / "opt").mkdir()
+    return tmp_path / "opt"
+
+
+def linking(sample, opt, **options):
+    script = PROGRAMS / "without_namespaces.sh"
+    return running(sample, "--no-docker", script=script, SCRIPT=f"{sample}/{NAME}.sh", OPT=str(opt), **options)
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_it_links_into_opt_for_the_duration_of_the_run_and_replaces_the_links_of_a_killed_one(copy, opt):
+    with linking(copy, opt) as it:
+        assert f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n" in it.output
+        os.killpg(it.process.pid, signal.SIGKILL)
+        wait_until(lambda: not processes_of(copy))
+        assert {*os.listdir(opt)} == {"extensions", NAME}
+    with linking(copy, opt) as it:
+        assert it.invoke() == HELLO
+        assert {*os.listdir(opt)} == {"extensions", NAME}
+        it.ends_cleanly()
+    assert not os.listdir(opt)
+    assert not processes_of(copy)
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_it_does_not_replace_what_is_in_opt(copy, opt):
+    (opt / "extensions").mkdir()
+    with linking(copy, opt, wait=False) as it:
+        assert it.process.wait(60) == 1
+        advice = "end the run that uses it, or use --docker, or root"
+        assert it.output.endswith(f"{NAME}: cannot link into /opt; {advice}\n")
+    assert os.listdir(opt) == ["extensions"]

@@ -1,78 +1,72 @@
-"""The running sample, with and without Docker: every way to invoke it, and what a function can do to it."""
+"""The sample in Docker and without: every way to invoke it, what a function can do to it, and another name for it."""
 
 import contextlib
 import http.client
 import json
 import os
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import boto3
 import pytest
-from helpers import (
-    AWS_CLI,
-    CREDENTIALS,
-    HELLO,
-    NAME,
-    RECEIVED,
-    copy_misbehaving_sample,
-    first_base_image,
-    missing,
-    once,
-    processes_of,
-    run,
-    running,
-    tool,
-    wait_until,
-)
+from engine import first_base_image
+from machine import CREDENTIALS, processes_of, run, tool, wait_until
+from running import running
+from sample import HELLO, NAME, RECEIVED, once, rename, replace
 
 TIMEOUT = 5  # enough for a cold start on a busy machine
 
 
-@pytest.fixture
-def misbehaving_sample(tmp_path, sample):
-    """A copy of the sample whose function does what the event says."""
-    return copy_misbehaving_sample(tmp_path / "sample", sample)
+@pytest.fixture(scope="session")
+def shared(start, sample):
+    """The sample, running, for tests that only invoke it."""
+    with start(sample) as it:
+        yield it
 
 
-def curl(sample_run):
+def curl(it):
     """What the README's command prints, and the status of the answer."""
-    url = f"{sample_run.endpoint}/2015-03-31/functions/function/invocations"
+    url = f"{it.endpoint}/2015-03-31/functions/function/invocations"
     answer, _, status = run(tool("curl"), "-w", " %{http_code}", "-XPOST", url, "-d", "{}").stdout.rpartition(" ")
     return answer, int(status)
 
 
-def test_curl_gets_hello_from_lambda(sample_run):
-    assert curl(sample_run) == (json.dumps(HELLO), 200)
+def invoke_again(it, event=None):
+    """Invokes after a failure, until AWS's emulator, cleaning up late, no longer cancels the invocation."""
+    answers = []
+    wait_until(lambda: answers.append(it.invoke(event)) or "ErrGateCanceled" not in str(answers[-1]))
+    return answers[-1]
+
+
+def test_curl_gets_hello_from_lambda(shared):
+    assert curl(shared) == (json.dumps(HELLO), 200)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_aws_cli_gets_hello_from_lambda(sample_run, tmp_path, version):
-    # Version 2 has no package on PyPI: it is the distribution's, or AWS's installer has put it there.
-    command = AWS_CLI if version == 1 else (shutil.which("aws", path="/usr/local/bin:/usr/bin"),)
-    if not command[0] or f"aws-cli/{version}" not in run(*command, "--version").stdout:
-        missing(f"no AWS CLI version {version} on this machine")
-    options = ["--cli-binary-format", "raw-in-base64-out"] if version == 2 else []
-    options += ["--function-name", "function", "--payload", '{"key": "value"}', "--endpoint-url", sample_run.endpoint]
-    answer = tmp_path / "answer.json"
-    invoked = run(*command, "lambda", "invoke", *options, answer, env=os.environ | CREDENTIALS)
+def test_the_aws_cli_gets_hello_from_lambda(shared, tmp_path):
+    command, answer = [tool("aws"), "lambda", "invoke", "--function-name", "function"], tmp_path / "answer.json"
+    if "aws-cli/1" not in run(tool("aws"), "--version").stdout:
+        command += ["--cli-binary-format", "raw-in-base64-out"]
+    command += ["--payload", '{"key": "value"}', "--endpoint-url", shared.endpoint, answer]
+    invoked = run(*command, env=os.environ | CREDENTIALS)
     assert invoked.returncode == 0, invoked.stderr
     assert json.loads(answer.read_text()) == HELLO
 
 
-def test_boto3_gets_hello_from_lambda(sample_run):
-    assert sample_run.boto3_answer() == HELLO
+def test_boto3_gets_hello_from_lambda(shared, monkeypatch):
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("lambda", endpoint_url=shared.endpoint)
+    answer = client.invoke(FunctionName="function", Payload=json.dumps({"key": "value"}))
+    assert (answer["StatusCode"], json.load(answer["Payload"])) == (200, HELLO)
 
 
-def test_one_extension_logs_each_of_a_hundred_invocations(way, sample, sample_run):
-    with sample_run.receives(100):
-        assert all(json.loads(sample_run.invoke()) == HELLO for _ in range(100))
-    started = re.findall(r"^START RequestId: (\S+)", sample_run.output, re.MULTILINE)
-    assert sample_run.received[-100:] == started[-100:]
-    assert sample_run.output.count("Registered with ID") == 1
-    if way[0] == "--docker":
-        commands = run("docker", "top", sample_run.container, "-eo", "pid,args").stdout.splitlines()
+def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared):
+    assert all(shared.invoke() == HELLO for _ in range(100))
+    wait_until(lambda: shared.received == re.findall(r"(?m)^START RequestId: (\S+)", shared.output))
+    assert shared.output.count("Registered with ID") == 1
+    if start.option == "--docker":
+        commands = run("docker", "top", shared.container, "-eo", "pid,args").stdout.splitlines()
     else:
         commands = processes_of(sample)
     (extension,) = [command for command in commands if re.search(rf" /opt/(extensions/)?{NAME}", command)]
@@ -80,23 +74,20 @@ def test_one_extension_logs_each_of_a_hundred_invocations(way, sample, sample_ru
 
 
 @pytest.mark.parametrize(
-    ("payload", "answer", "reason"),
+    ("event", "answer", "reason"),
     [
-        (b'{"sleep": 60}', f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
-        (b'{"exit": 3}', "Runtime.ExitError", "ReleaseFail"),
+        ({"sleep": 60}, f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
+        ({"exit": 3}, "Runtime.ExitError", "ReleaseFail"),
     ],
 )
-def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(
-    way, misbehaving_sample, payload, answer, reason
-):
-    option, environment = way
-    with running(misbehaving_sample, option, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT), **environment) as started:
-        assert json.loads(started.invoke(b'{"raise": "no"}'))["errorType"] == "ValueError"  # not a reason to restart
-        assert answer in started.invoke(payload).decode()
-        assert json.loads(started.invoke_again(b'{"still": "here"}')) == {"still": "here"}
-        assert f'"shutdownReason": "{reason}"' in started.output
-        wait_until(lambda: len(started.received) == 3)
-        assert started.output.count("Registered with ID") == 2
+def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(start, misbehaving, event, answer, reason):
+    with start(misbehaving, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
+        assert it.invoke({"raise": "no"})["errorType"] == "ValueError"  # not a reason to restart
+        assert answer in str(it.invoke(event))
+        assert invoke_again(it, {"still": "here"}) == {"still": "here"}
+        assert f'"shutdownReason": "{reason}"' in it.output
+        wait_until(lambda: len(it.received) == 3)
+        assert it.output.count("Registered with ID") == 2
 
 
 @pytest.mark.parametrize(
@@ -105,43 +96,49 @@ def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(
         ("raise ValueError", (json.dumps(HELLO), 502)),
         ("signal.pause()", (f"Task timed out after {TIMEOUT}.00 seconds", 200)),
     ],
-    ids=["fails", "hangs"],
 )
-def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_is_started_again(way, copy, failure, answer):
-    option, environment = way
+def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_is_started_again(
+    start, copy, tmp_path, failure, answer
+):
     extension = copy / NAME / "extension.py"
-    logging = f'log(f"{RECEIVED}'
-    with once(failure) as line:
-        source = extension.read_text().replace(logging, f"{line}    {logging}")
-        extension.write_text(f"import os, signal\n{source}")
-        with running(copy, option, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT), **environment) as started:
-            assert curl(started) == answer
-            assert json.loads(started.invoke_again()) == HELLO
-            assert started.output.count("Registered with ID") > 1
+    replace(extension, "    log(", f"    {once(tmp_path, failure)}    log(")
+    replace(extension, "import json", "import json, os, signal")
+    with start(copy, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
+        assert curl(it) == answer
+        assert invoke_again(it) == HELLO
+        assert it.output.count("Registered with ID") > 1
 
 
-def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(way, misbehaving_sample):
-    option, environment = way
-    with running(misbehaving_sample, option, **environment) as started, ThreadPoolExecutor() as pool:
-        pool.submit(started.invoke, b'{"sleep": 5}')
-        wait_until(lambda: started.received)
+def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, misbehaving):
+    with start(misbehaving) as it, ThreadPoolExecutor() as pool:
+        pool.submit(it.invoke, {"sleep": 5})
+        wait_until(lambda: it.received)
         with contextlib.suppress(OSError, http.client.HTTPException):
-            started.invoke()
-        assert started.process.wait(20) == 1
-        what = "the container" if option == "--docker" else "aws-lambda-rie"
-        assert started.output.endswith(f"{NAME}: {what} ended with status 2; see its output above\n")
+            it.invoke()
+        assert it.process.wait(20) == 1
+        what = "the container" if start.option == "--docker" else "aws-lambda-rie"
+        assert it.output.endswith(f"{NAME}: {what} ended with status 2; see its output above\n")
 
 
-def test_lambda_managed_instances_run_four_invocations_at_the_same_time(misbehaving_sample, engine):
+def test_lambda_managed_instances_run_four_invocations_at_the_same_time(misbehaving, engine):
     environment = {"AWS_LAMBDA_MAX_CONCURRENCY": "4", "BASE_IMAGE": first_base_image()}
-    with running(misbehaving_sample, "--docker", **environment) as started, ThreadPoolExecutor(4) as pool:
+    with running(misbehaving, "--docker", **environment) as it, ThreadPoolExecutor(4) as pool:
 
-        def invoke(payload):
-            return started.invoke(payload, **{"Content-Type": "application/json"})
+        def invoke(event):
+            return it.invoke(event, **{"Content-Type": "application/json"})
 
-        payloads = [b'{"sleep": 2}'] * 4
-        wait_until(lambda: list(pool.map(invoke, payloads)) == payloads, 60)  # the first ones meet unready workers
-        started.stop()
-        assert "-H 'Content-Type: application/json'" in started.output
-        assert '"INVOKE"' not in started.output
-        assert '"eventType": "SHUTDOWN"' in started.output
+        events = [{"sleep": 2}] * 4
+        wait_until(lambda: list(pool.map(invoke, events)) == events, 60)  # the first ones meet unready workers
+        it.ends_cleanly()
+        assert "-H 'Content-Type: application/json'" in it.output
+        assert '"INVOKE"' not in it.output
+
+
+def test_renamed_files_and_one_line_make_it_another_extension(start, copy):
+    """As the README says under "Make it your own"."""
+    rename(copy, "my-extension")
+    replace(copy / "my-extension" / "extension.py", RECEIVED, "My own code got")
+    with start(copy, script="my-extension.sh") as it:
+        assert it.invoke() == HELLO
+        wait_until(lambda: "[my-extension] My own code got: " in it.output)
+        assert NAME not in it.output

@@ -6,8 +6,7 @@ import time
 
 
 def lambda_handler(event, context):
-    if "sleep" in event:
-        time.sleep(event["sleep"])
+    time.sleep(event.get("sleep", 0))
     if "exit" in event:
         os._exit(event["exit"])
     if "raise" in event:
@@ -16,6 +15,4 @@ def lambda_handler(event, context):
         return str(importlib.import_module(event["import"]))
     if "list" in event:
         return os.listdir(event["list"])
-    if "environ" in event:
-        return dict(os.environ)
-    return event
+    return dict(os.environ) if "environ" in event else event

@@ -3,18 +3,21 @@
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from helpers import NAME, ROOT
+import pytest
+from machine import PROGRAMS, ROOT, run
+from sample import NAME
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
-PYTHON = [sys.executable, *re.search(r"^exec python3 (.*) ", LAUNCHER, re.MULTILINE).group(1).split()]
+PYTHON = [sys.executable, *re.search("(?m)^exec python3 (.*) ", LAUNCHER).group(1).split()]
 
 
-class StartedExtension:
+class ExtensionProcess:
     """A started extension: its process, and its output and error output so far."""
 
     def __init__(self, process, stdout, stderr):
@@ -29,15 +32,14 @@ class StartedExtension:
         return self._stderr.read_text()
 
     @property
-    def peak_memory(self):
-        """The most memory that it had so far, in KB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
-
-    @property
     def received(self):
         """The types of the events that process() got."""
         return re.findall(r'Received event: {"eventType": "(\w+)"', self.stdout)
+
+    def memory(self, figure="VmRSS"):
+        """A figure of its memory, in KB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{figure}:\s+(\d+) kB", status).group(1))
 
 
 @contextlib.contextmanager
@@ -47,11 +49,10 @@ def started(extension, api, prefix=(), **environment):
     if api:
         environment["AWS_LAMBDA_RUNTIME_API"] = getattr(api, "address", api)
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        process = subprocess.Popen(
-            [*prefix, *PYTHON, extension], stdout=stdout, stderr=stderr, env=environment, cwd="/"
-        )
+        options = {"stdout": stdout, "stderr": stderr, "env": environment, "cwd": "/"}
+        process = subprocess.Popen([*prefix, *PYTHON, extension], **options)
         try:
-            yield StartedExtension(process, stdout, stderr)
+            yield ExtensionProcess(process, stdout, stderr)
         finally:
             process.kill()
             process.wait()
@@ -61,3 +62,22 @@ def end_of(extension, api, prefix=(), **environment):
     """Runs the extension to its end and returns exit status, output and error output."""
     with started(extension, api, prefix, **environment) as it:
         return it.process.wait(60), it.stdout, it.stderr
+
+
+@pytest.fixture(scope="session")
+def extension(folder):
+    """The extension with its dependencies, in a folder of its name."""
+    target, requirements = folder / NAME, ROOT / NAME / "requirements.txt"
+    installed = run("python3", "-m", "pip", "install", "--quiet", "--target", target, "-r", requirements)
+    assert installed.returncode == 0, installed.stderr
+    for source in (ROOT / NAME).glob("*.py"):
+        shutil.copy(source, target)
+    return target / "extension.py"
+
+
+@pytest.fixture(scope="session")
+def obedient(extension, folder):
+    """The same, but it does what its events say."""
+    target = folder / "obedient" / NAME
+    shutil.copytree(extension.parent, target)
+    return shutil.copy(PROGRAMS / "obedient_extension.py", target / "extension.py")

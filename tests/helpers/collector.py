@@ -4,7 +4,7 @@ import functools
 import gzip
 import time
 
-from extensions_api_server import ExtensionsApiServer, answer, reset
+from extensions_api_server import ExtensionsApiServer, answer, hangs, reset
 
 TOKEN = "secret"
 
@@ -20,10 +20,6 @@ class Collector(ExtensionsApiServer):
     @property
     def records(self):
         return [record for request in self.requests for record in request.json]
-
-
-def hangs(connection):
-    """Gives no answer."""
 
 
 def slow(seconds):
@@ -48,15 +44,10 @@ def drips(start):
     return drip
 
 
-def bomb(status, **headers):
-    """Gives an answer of a few kilobytes that is large for those who read it."""
-    headers["Content_Encoding"] = "gzip"
-    return lambda connection: connection.sendall(answer(status, compressed(200_000_000), **headers))
-
-
 @functools.cache
-def compressed(size):
-    return gzip.compress(bytes(size), 1)
+def bomb(status, location="/elsewhere"):
+    """An answer of a few kilobytes that is large for those who read it."""
+    return answer(status, gzip.compress(bytes(200_000_000), 1), Content_Encoding="gzip", Location=location)
 
 
 # What a collector does with a batch that it has taken.
@@ -67,16 +58,14 @@ SUCCESSES = {
     "is slower than the deadline": slow(1.3),
     "answers once on a connection": deaf,
     "drips the body of its answer": drips(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"),
-    "answers with a bomb": bomb(200),
+    "answers with a bomb": lambda connection: connection.sendall(bomb(200)),
 }
 # What it does with others, and the reason in the log.
 FAILURES = {
     "refuses": (answer(503), "status 503"),
     "redirects": (answer(302, Location="/elsewhere"), "status 302"),
     "redirects to half an address": (answer(302, Location="http://["), "status 302"),
-    "redirects to an empty label": (answer(302, Location="http://a..b/"), "status 302"),
-    "redirects to a label of 64 characters": (answer(302, Location=f"http://{64 * 'a'}/"), "status 302"),
-    "redirects with a bomb": (bomb(302, Location="/elsewhere"), "status 302"),
+    "redirects with a bomb": (lambda connection: connection.sendall(bomb(302)), "status 302"),
     "resets": (reset, "ConnectionError"),
     "closes": (None, "ConnectionError"),
     "speaks no HTTP": (b"What?\r\n\r\n", "ConnectionError"),

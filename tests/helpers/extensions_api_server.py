@@ -1,0 +1,95 @@
+"""A Lambda Extensions API on loopback, scripted by the test.
+
+An answer is bytes, sent as they are, or a function that gets the connection (a socket) and does what it likes with it.
+An answer of None, or a function that raises OSError, ends the connection.
+"""
+
+import contextlib
+import http.client
+import json
+import socket
+import socketserver
+import struct
+import threading
+import types
+
+IDENTIFIER = "11111111-2222-3333-4444-555555555555"
+
+
+def answer(status=200, body=b"", **headers):
+    """An HTTP answer as bytes. The body is bytes, or anything else that JSON can hold."""
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    headers = {"Content_Length": len(body)} | headers
+    lines = [f"HTTP/1.1 {status} Status", *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def error(status, error_type, message="as the test wants it"):
+    return answer(status, {"errorType": error_type, "errorMessage": message})
+
+
+def invoke(request_id="request-1", **more):
+    return answer(body={"eventType": "INVOKE", "requestId": request_id, "deadlineMs": 1, **more})
+
+
+def reset(connection):
+    """Ends the connection with a TCP reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raise ConnectionResetError
+
+
+def hangs(connection):
+    """Gives no answer."""
+
+
+REGISTERED = answer(body={"functionName": "f"}, Lambda_Extension_Identifier=IDENTIFIER)
+REPORTED = answer(202)
+SHUTDOWN = answer(body={"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": 1})
+
+
+class _Connection(socketserver.StreamRequestHandler):
+    disable_nagle_algorithm = True
+
+    def handle(self):
+        server, self.server.connections = self.server, self.server.connections + 1
+        with contextlib.suppress(OSError):
+            while request_line := self.rfile.readline():
+                method, path, _ = request_line.decode().split()
+                headers = http.client.parse_headers(self.rfile)
+                body = self.rfile.read(int(headers.get("Content-Length", 0)))
+                content = json.loads(body or "null")
+                server.requests.append(types.SimpleNamespace(method=method, path=path, headers=headers, json=content))
+                answers = next(answers for end, answers in server.answers.items() if path.endswith(end))
+                answer = answers.pop(0) if len(answers) > 1 else answers[0]
+                if answer is None:
+                    return
+                if callable(answer):
+                    answer(self.connection)
+                else:
+                    self.connection.sendall(answer)
+
+
+class ExtensionsApiServer(socketserver.ThreadingTCPServer):
+    """Answers registrations with `register`, one after the other, requests for events with `events`, reports with 202.
+
+    The last answer of each repeats. It keeps the requests: method, path, headers, and the body from JSON as `json`.
+    """
+
+    daemon_threads = True
+    shutdown_request = socketserver.TCPServer.close_request  # after a reset there is nothing to shut down
+
+    def __init__(self, events=(), register=(REGISTERED,), report=REPORTED):
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.address = f"127.0.0.1:{self.server_address[1]}"
+        self.answers = {"register": [*register], "event/next": [*events] or [hangs], "error": [report]}
+        self.requests, self.connections = [], 0
+        threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def asked(self, path):
+        """The requests for a path, such as "register"."""
+        return [request for request in self.requests if request.path.endswith("/extension/" + path)]

@@ -1,0 +1,90 @@
+"""This machine: its commands and tools, its ports, and its processes."""
+
+import contextlib
+import functools
+import os
+import random
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ROOT / "tests" / "programs"
+TOOLS = ROOT / ".venv" / "tools" / "bin"
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # the number of this process
+# The AWS CLI and the SDKs require these even for localhost.
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
+DAEMON = os.environ.get("LAMBDA_RUNTIME_API_DAEMON")
+
+
+def missing(what):
+    """Skips the test because this machine lacks something; on CI, fails it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what}, which CI must have")
+    pytest.skip(what)
+
+
+def tool(name):
+    """The path of a command that not every machine has."""
+    return shutil.which(name, path=f"{TOOLS}:{os.environ['PATH']}") or missing(f"no {name} on this machine")
+
+
+def real_daemon():
+    """The path of the Lambda Runtime API Daemon, which has no package; skips the test if it is not named."""
+    return DAEMON or pytest.skip("no Daemon: LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon")
+
+
+@functools.cache
+def need_namespaces():
+    """Skips the test where namespaces are refused: without them two runs would get in each other's way in /opt."""
+    unshare = "unshare", "--mount", "--pid", "--fork"
+    if shutil.which("unshare") and not any(run(*unshare, *more, "true").returncode == 0 for more in ([], ["-r"])):
+        pytest.skip("this machine, or this container, refuses namespaces")
+
+
+def run(*command, **options):
+    """Runs a command to its end and returns its CompletedProcess, with the output as text."""
+    return subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, **options)
+
+
+def wait_until(condition, seconds=20):
+    """Waits until condition() is true, and returns what it returned."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not true within {seconds} s"
+        time.sleep(0.02)
+    return result
+
+
+def free_port():
+    """A free port that no outgoing connection takes before it is used, nor another worker."""
+    while True:
+        port = 10_000 + 10 * random.randrange(2_000) + WORKER  # below the ephemeral ones
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def post(url, payload=b"{}", timeout=30, **headers):
+    """Posts the payload (bytes) and returns the body of the answer (bytes), whatever its status."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, payload, headers), timeout=timeout) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        return error.read()
+
+
+def processes_of(sample):
+    """The command lines of the processes that run in, from, or for that copy of the sample."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = process.joinpath("cmdline").read_text().replace("\0", " ").strip()
+            if str(sample) in command + os.readlink(process / "cwd") + process.joinpath("environ").read_text():
+                found.append(command)
+    return found

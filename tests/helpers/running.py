@@ -1,0 +1,138 @@
+"""The sample while it runs, in each way."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from engine import first_base_image
+from machine import PROGRAMS, free_port, need_namespaces, post, run, wait_until
+from sample import NAME, RECEIVED
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
+
+
+class Running:
+    """The sample while it runs: where it listens, and what it has printed so far."""
+
+    def __init__(self, process, logs, host, port):
+        self.process, self.port, self.endpoint = process, port, f"http://{host}:{port}"
+        self._logs = [Path(log.name) for log in logs]
+
+    @property
+    def output(self):
+        return "".join(log.read_text() for log in self._logs)
+
+    @property
+    def received(self):
+        """The request IDs of the INVOKE events that the extension has logged so far."""
+        return re.findall(rf'(?m)^\[\S+\] {RECEIVED}: .*"INVOKE".*"requestId": "([^"]+)"', self.output)
+
+    @property
+    def container(self):
+        """The ID of the container, or an empty string without one."""
+        return run("docker", "ps", "-q", "--filter", f"publish={self.port}").stdout.strip()
+
+    def invoke(self, event=None, function="function", timeout=30, **headers):
+        """Invokes the function with that event; returns its answer, from JSON, or as text if it is no JSON."""
+        url = f"{self.endpoint}/2015-03-31/functions/{function}/invocations"
+        answer = post(url, json.dumps(event or {}).encode(), timeout, **headers).decode()
+        try:
+            return json.loads(answer)
+        except ValueError:
+            return answer
+
+    def wait_until_ready(self):
+        """Waits until the endpoint answers, which takes a while in a first run."""
+
+        def answers():
+            assert self.process.poll() is None, self.output
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return post(self.endpoint, timeout=5) is not None
+
+        wait_until(answers, 600)
+
+    def stop(self, signum=signal.SIGTERM):
+        """Ends the run as a supervisor or, with another signal, a terminal would; returns exit status and seconds."""
+        start = time.monotonic()
+        if signum == signal.SIGTERM:
+            self.process.send_signal(signum)
+        else:
+            os.killpg(self.process.pid, signum)
+        return self.process.wait(60), time.monotonic() - start
+
+    def ends_cleanly(self, signum=signal.SIGTERM):
+        """Asserts that the signal ends the run with 0, and the extension with SHUTDOWN; returns the seconds taken."""
+        status, seconds = self.stop(signum)
+        assert (status, '"eventType": "SHUTDOWN"' in self.output) == (0, True)
+        return seconds
+
+
+@contextlib.contextmanager
+def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment):
+    """Runs the sample's run script until it answers, in a session of its own, then lets the caller use it."""
+    if "--docker" not in arguments:
+        need_namespaces()
+    port = free_port()
+    command = [sample / script, "-p", port if host == "127.0.0.1" else f"{host}:{port}", *arguments]
+    identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    options = {"cwd": "/", "stdin": subprocess.DEVNULL, "start_new_session": True, "env": os.environ | environment}
+    # Two files, because Docker mixes lines of standard output and error.
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        process = subprocess.Popen([*map(str, command)], stdout=stdout, stderr=stderr, **options, **identity)
+        it = Running(process, [stdout, stderr], host, port)
+        try:
+            if wait:
+                it.wait_until_ready()
+            yield it
+        finally:
+            if process.poll() is None:
+                it.stop()
+            sys.stdout.write(it.output)
+
+
+class Way:
+    """A way to run the sample: call it with a copy, and further arguments of running()."""
+
+    def __init__(self, option, machine, **environment):
+        self.option, self.environment = option, environment
+        self.machine = machine  # the name of this machine for what runs that way
+
+    def __call__(self, sample, *arguments, **more):
+        return running(sample, self.option, *arguments, **self.environment | more)
+
+
+@pytest.fixture(scope="session", params=["no-docker", "docker"])
+def start(request):
+    """Each way to run the sample."""
+    if request.param == "docker":
+        request.getfixturevalue("engine")
+        return Way("--docker", "host.docker.internal", BASE_IMAGE=first_base_image())
+    if sys.platform != "linux":
+        pytest.skip("running without Docker needs Linux")
+    request.getfixturevalue("installed_sample")
+    return Way("--no-docker", "localhost")
+
+
+@pytest.fixture(scope="session")
+def installed_sample(sample):
+    """That copy, after its first run without Docker."""
+    with running(sample, "--no-docker"):
+        return sample
+
+
+@pytest.fixture(scope="session")
+def stand_in(folder):
+    """The path of a stand-in for the Daemon that any user may start."""
+    path = Path(shutil.copy(PROGRAMS / "stand_in_daemon.py", folder / "stand-in daemon"))
+    path.chmod(0o755)
+    return str(path)

@@ -1,0 +1,77 @@
+"""Copies of the sample, as a new user has it, and changed by a test."""
+
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+import pytest
+from machine import PROGRAMS, ROOT
+
+NAME = next(ROOT.glob("*/extension.py")).parent.name
+HELLO = {"statusCode": 200, "body": '"Hello from Lambda!"'}  # what the function answers
+RECEIVED = "Received event"  # what process(event) logs
+
+
+def copy_sample(folder, sample=ROOT):
+    """Copies the sample as git would check it out, with its uncommitted changes; copies share what a run installed."""
+    ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
+    copy = Path(shutil.copytree(sample, folder, ignore=ignore))
+    if sample != ROOT:
+        (copy / ".run").mkdir()
+        for installed in sample.glob(f".run/{NAME}-*"):
+            (copy / ".run" / installed.name).symlink_to(installed)
+    return copy
+
+
+def replace(file, before, after):
+    """Edits a file of a copy."""
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+def once(folder, statement):
+    """A line of Python that executes the statement the first time only, in a container or here; it needs os."""
+    done = str(folder / "done")
+    return f"if not os.path.exists({done!r}): os.makedirs({done!r}); {statement}\n"
+
+
+def rename(sample, name):
+    """Renames a copy as the README says."""
+    for path in NAME, f"extensions/{NAME}", f"{NAME}.sh":
+        (sample / path).rename(sample / path.replace(NAME, name))
+    replace(sample / "Dockerfile", f"ARG EXTENSION={NAME}\n", f"ARG EXTENSION={name}\n")
+
+
+def misbehave(sample):
+    """Gives a copy a function that does to its environment what the event says; returns the copy."""
+    shutil.copy(PROGRAMS / "misbehaving_function.py", sample / "lambda_function.py")
+    return sample
+
+
+@pytest.fixture(scope="session")
+def folder():
+    """A temporary folder that any user can read, with a name as users' folders have."""
+    path = Path(tempfile.mkdtemp(prefix="it's 100 % mine "))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def sample(folder):
+    """A copy of the sample, as a new user has it."""
+    return copy_sample(folder / "sample")
+
+
+@pytest.fixture
+def copy(folder, sample):
+    """A copy of the sample for a test to change, after its first run if there was one."""
+    return copy_sample(folder / uuid.uuid4().hex, sample)
+
+
+@pytest.fixture
+def misbehaving(copy):
+    """A copy of the sample that misbehaves as its events say."""
+    return misbehave(copy)
