@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests in a virtual environment of their own; it needs bash and Python with pip.
 #   ./tests/run.sh [--all] [pytest options]
-# --all adds the tests that take long or need heavy tools. A test whose tools are missing is skipped, with the reason; with
-# CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package.
+# --all adds the slow tests, which take long or need heavy tools. A test whose tools are missing is skipped, with the reason;
+# with CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,8 +26,13 @@ mkdir -p .venv
 exec 9>.venv/lock
 python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' # until another run has installed
 venv tests/requirements.txt .venv/tests
-case " $* " in *" --all "*) venv tests/requirements-all.txt .venv/tools ;; esac
+selected="not slow"
+if [ "${1:-}" = --all ]; then
+    shift
+    selected=""
+    venv tests/requirements-all.txt .venv/tools
+fi
 exec 9>&-
 # Last on PATH, so that the sample under test still finds the python3 that its users have.
 export HYPOTHESIS_STORAGE_DIRECTORY=.venv/hypothesis PYTHONDONTWRITEBYTECODE=1
-PATH=$PATH:$PWD/.venv/tests/bin exec .venv/tests/bin/python3 -m pytest "$@"
+PATH=$PATH:$PWD/.venv/tests/bin exec .venv/tests/bin/python3 -m pytest -m "$selected" "$@"

@@ -2,15 +2,13 @@
 
 import os
 import re
-import shutil
 import socket
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from collector import FAILURES, SUCCESSES, TOKEN, Collector
-from extension_process import end_of, started
+from extension_process import end_of, started, variant
 from extensions_api_server import SHUTDOWN, ExtensionsApiServer, answer, hangs, invoke
 from machine import PROGRAMS, ROOT, need_namespaces, wait_until
 from pages import code_blocks
@@ -23,10 +21,8 @@ DRIPS = FAILURES["drips"][0]
 @pytest.fixture
 def batching(extension, tmp_path):
     """The README's extension.py, with batches.py next to it."""
-    folder = Path(shutil.copytree(extension.parent, tmp_path / NAME))
-    shutil.copy(ROOT / "examples" / "ship_logs" / "batches.py", folder)
-    (folder / "extension.py").write_text(README)
-    return folder / "extension.py"
+    batches = (ROOT / "examples" / "ship_logs" / "batches.py").read_text()
+    return variant(extension, tmp_path, {"batches.py": batches, "extension.py": README})
 
 
 @pytest.fixture
@@ -36,13 +32,8 @@ def hasty(batching):
     return batching
 
 
-def event(number, seconds=3600, **more):
-    """An invocation that must end so many seconds later."""
-    return invoke(str(number), deadlineMs=int((time.time() + seconds) * 1000), **more)
-
-
-def events(*numbers):
-    return map(event, range(*numbers))
+def events(*numbers, **more):
+    return [invoke(str(number), **more) for number in range(*numbers)]
 
 
 def send(extension, url, events, prefix=()):
@@ -102,7 +93,7 @@ def test_a_batch_that_is_refused_keeps_no_other_one_from_arriving(batching):
 
 def test_a_record_that_is_too_large_drops_itself_alone(batching):
     with Collector(answer()) as collector:
-        log = send(batching, collector.url, [*events(10), event("large", more=1_000_000 * "x"), *events(10, 20)])
+        log = send(batching, collector.url, [*events(10), invoke("large", more=1_000_000 * "x"), *events(10, 20)])
     assert ids(collector.records) == ids_of(20)
     assert "1 older ones dropped" in log
 
@@ -113,7 +104,7 @@ def recovering(collector, failures):
     def recover(connection):
         wait_until(lambda: len(collector.requests) >= failures)
         collector.answers[""] = [answer()]
-        connection.sendall(event(1000))
+        connection.sendall(invoke("1000"))
 
     return recover
 
@@ -126,8 +117,7 @@ def test_an_array_has_500_records_at_most(batching):
 
 def test_the_newest_records_arrive_after_a_long_failure_and_the_log_counts_the_others(hasty):
     with Collector(answer(503)) as collector:
-        large = (event(number, more=10_000 * "x") for number in range(1000))
-        log = send(hasty, collector.url, [*large, recovering(collector, 4)])
+        log = send(hasty, collector.url, [*events(1000, more=10_000 * "x"), recovering(collector, 4)])
     assert sum(map(int, re.findall(r"(\d+) older ones dropped", log))) > 800
     arrived = [record for request in collector.requests[3:] for record in request.json]
     assert ids(arrived)[-90:] == ids_of(912, 1001)
@@ -145,7 +135,7 @@ def test_it_goes_on_where_no_name_server_answers(batching, tmp_path):
         assert "501 records not sent: no answer" in send(batching, "https://collector.example/", events(500), prefix)
 
 
-@pytest.mark.parametrize("address", ["[", "a..b", 64 * "a", ":80"])
+@pytest.mark.parametrize("address", ["[", "a..b", ":80"])
 def test_no_url_ends_the_extension(address, batching):
     assert "51 records not sent yet: " in send(batching, f"http://{address}/{TOKEN}", events(50))
 
@@ -161,15 +151,15 @@ def test_a_missing_url_ends_the_start_in_one_line(environment, batching):
 def test_a_few_records_are_sent_after_a_while_although_the_monotonic_clock_stood_still(hasty):
     replace(hasty.with_name("batches.py"), "time.sleep(0.2)", "time.sleep(60)")  # of a thread, which was frozen
     replace(hasty, "from batches", "import time\ntime.monotonic = lambda: 0\nfrom batches")
-    later = lambda connection: (time.sleep(0.2), connection.sendall(event(1)))  # noqa: E731
-    collector, api = Collector(answer()), ExtensionsApiServer([event(0), later, hangs])
+    later = lambda connection: (time.sleep(0.2), connection.sendall(invoke("1")))  # noqa: E731
+    collector, api = Collector(answer()), ExtensionsApiServer([invoke("0"), later, hangs])
     with collector, api, started(hasty, api, COLLECTOR_URL=collector.url):
         wait_until(lambda: len(api.asked("event/next")) == 3)
         assert ids(collector.records) == ["0", "1"]
 
 
 def test_batches_that_are_stuck_are_few_and_stop_no_other_one_and_not_the_last(hasty):
-    collector, api = Collector(DRIPS, DRIPS, DRIPS, answer()), ExtensionsApiServer([event(0), hangs])
+    collector, api = Collector(DRIPS, DRIPS, DRIPS, answer()), ExtensionsApiServer([invoke("0"), hangs])
     with collector, api, started(hasty, api, COLLECTOR_URL=collector.url) as it:
         wait_until(lambda: len(collector.requests) == 3)
         time.sleep(1)
@@ -181,8 +171,8 @@ def test_batches_that_are_stuck_are_few_and_stop_no_other_one_and_not_the_last(h
 
 def test_an_invocation_does_not_reach_its_deadline_for_a_collector_that_hangs(batching):
     seen = []
-    hurried = lambda connection: (seen.append(time.time()), connection.sendall(event(100, seconds=0.9)))  # noqa: E731
-    asks_again = lambda connection: (seen.append(time.time()), connection.sendall(event(101)))  # noqa: E731
+    hurried = lambda connection: (seen.append(time.time()), connection.sendall(invoke(seconds=0.9)))  # noqa: E731
+    asks_again = lambda connection: (seen.append(time.time()), connection.sendall(invoke()))  # noqa: E731
     with Collector(hangs) as collector:
         send(batching, collector.url, [*events(99), hurried, asks_again])
     assert seen[1] - seen[0] < 0.9

@@ -51,29 +51,18 @@ def test_aws_lambda_runtime_api_wrong(extension, address):
     fails(extension, address, f"] POST http://{address}/2020-01-01/extension/register: ")
 
 
-def test_white_space_around_aws_lambda_runtime_api(extension):
-    with ExtensionsApiServer([SHUTDOWN]) as api:
-        assert end_of(extension, f" {api.address}\n")[0] == 0
-
-
-def test_http_proxy_a_netrc_and_python_variables_of_the_function(extension, tmp_path):
+def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(extension, tmp_path):
     for module in "json.py", "requests.py", "sitecustomize.py":
         (tmp_path / module).write_text("raise SystemExit('this module is for the function')")
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret\n")
-    environment = dict.fromkeys(["http_proxy", "all_proxy", "HTTP_PROXY"], f"http://127.0.0.1:{free_port()}")
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "PYTHONHOME": "/no", "PYTHONWARNINGS": "error"}
-    with ExtensionsApiServer([invoke(), invoke(), SHUTDOWN]) as api:
-        status, _, stderr = end_of(extension, api, **environment)
+    variables = dict.fromkeys(["http_proxy", "all_proxy", "HTTP_PROXY"], f"http://127.0.0.1:{free_port()}")
+    variables |= {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "PYTHONHOME": "/no", "PYTHONWARNINGS": "error"}
+    variables |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with ExtensionsApiServer([invoke("Füße, 足, 🦶"), invoke(), SHUTDOWN]) as api:
+        status, stdout, stderr = end_of(extension, f" {api.address}\n", **variables)
     assert (status, stderr) == (0, "")
+    assert json.dumps("Füße, 足, 🦶") in stdout
     assert not any("Authorization" in request.headers for request in api.requests)
-
-
-@pytest.mark.parametrize("locale", ["C", "POSIX", "no_such.locale"])
-def test_a_locale_that_is_not_utf_8(extension, locale):
-    with ExtensionsApiServer([invoke("Füße, 足, 🦶"), SHUTDOWN]) as api:
-        status, stdout, stderr = end_of(extension, api, LC_ALL=locale, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert (status, stderr) == (0, "")
-    assert "Füße, 足, 🦶" in [json.loads(event).get("requestId") for event in re.findall("event: (.*)", stdout)]
 
 
 @pytest.mark.parametrize("closed", [">&-", "> >(:)"], ids=["from the start", "by its reader"])
@@ -333,16 +322,13 @@ def test_a_signal_at_any_moment(extension):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory and descriptors are read from /proc")
 def test_a_hundred_thousand_events(extension):
-    measured = []
-
     def measure(connection):
-        measured.append((it.memory(), len(os.listdir(f"/proc/{it.process.pid}/fd"))))
+        measured.append((it.memory() // 1024, len(os.listdir(f"/proc/{it.process.pid}/fd"))))
         connection.sendall(invoke())
 
-    events = [*[invoke()] * 1_000, measure, *[invoke()] * 98_998, measure]
+    measured, events = [], [*[invoke()] * 1_000, measure, *[invoke()] * 98_998, measure]
     with ExtensionsApiServer([*events, SHUTDOWN]) as api, started(extension, api) as it:
         assert it.process.wait(600) == 0
         assert (api.connections, it.stdout.count("\n")) == (2, 100_002)
-    (early_memory, early_descriptors), (late_memory, late_descriptors) = measured
-    assert late_memory - early_memory <= 1024
-    assert late_descriptors == early_descriptors
+    (memory, descriptors), late = measured
+    assert late in [(memory, descriptors), (memory + 1, descriptors)]

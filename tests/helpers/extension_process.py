@@ -64,6 +64,14 @@ def end_of(extension, api, prefix=(), **environment):
         return it.process.wait(60), it.stdout, it.stderr
 
 
+def variant(extension, folder, files):
+    """A copy of the extension below that folder, with these files, {name: text}, over its own."""
+    copy = Path(shutil.copytree(extension.parent, folder / NAME))
+    for name, text in files.items():
+        (copy / name).write_text(text)
+    return copy / "extension.py"
+
+
 @pytest.fixture(scope="session")
 def extension(folder):
     """The extension with its dependencies, in a folder of its name."""
@@ -78,6 +86,5 @@ def extension(folder):
 @pytest.fixture(scope="session")
 def obedient(extension, folder):
     """The same, but it does what its events say."""
-    target = folder / "obedient" / NAME
-    shutil.copytree(extension.parent, target)
-    return shutil.copy(PROGRAMS / "obedient_extension.py", target / "extension.py")
+    obedient = (PROGRAMS / "obedient_extension.py").read_text()
+    return variant(extension, folder / "obedient", {"extension.py": obedient})

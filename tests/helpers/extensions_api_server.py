@@ -11,6 +11,7 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 import types
 
 IDENTIFIER = "11111111-2222-3333-4444-555555555555"
@@ -29,8 +30,10 @@ def error(status, error_type, message="as the test wants it"):
     return answer(status, {"errorType": error_type, "errorMessage": message})
 
 
-def invoke(request_id="request-1", **more):
-    return answer(body={"eventType": "INVOKE", "requestId": request_id, "deadlineMs": 1, **more})
+def invoke(request_id="request-1", seconds=3600, **more):
+    """An invocation that must end so many seconds later."""
+    deadline = int((time.time() + seconds) * 1000)
+    return answer(body={"eventType": "INVOKE", "requestId": request_id, "deadlineMs": deadline, **more})
 
 
 def reset(connection):

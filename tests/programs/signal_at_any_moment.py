@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import time
 
 sys.path.insert(0, sys.argv[1])
 import lifecycle
@@ -16,47 +15,35 @@ import lifecycle
 endings, events, got = {}, [], []
 
 
-def ending(pid, pipe):
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return f"{os.waitstatus_to_exitcode(status)} {os.read(pipe, 100).decode()}"
-        time.sleep(0.0005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "still there after 5 seconds"
-
-
 def trace(frame, what, argument):
-    if frame.f_code.co_filename == __file__:
+    file = frame.f_code.co_filename
+    place = f"{file}:{frame.f_lineno if file.startswith(sys.argv[1]) else frame.f_code.co_name} {what}"
+    if file == __file__ or place in endings:
+        return None if file == __file__ else trace
+    reader, writer = os.pipe()
+    handler = signal.getsignal(signal.SIGTERM)
+    pid = os.fork()
+    if pid == 0:
+        sys.settrace(None)
+        got.append(writer)
+        # A fork ends by its own signals, but this one stands for its parent, and must not tell it.
+        signal.signal(signal.SIGTERM, handler)
+        signal.set_wakeup_fd(-1)
+        signal.alarm(5)  # it should have ended long before
+        os.kill(os.getpid(), signal.SIGTERM)
         return None
-    file, own = frame.f_code.co_filename, frame.f_code.co_filename.startswith(sys.argv[1])
-    place = f"{file}:{frame.f_lineno if own else frame.f_code.co_name} {what}"
-    if place not in endings:
-        reader, writer = os.pipe()
-        handler = signal.getsignal(signal.SIGTERM)
-        pid = os.fork()
-        if pid == 0:
-            sys.settrace(None)
-            got.append(writer)
-            # A fork ends by its own signals, but this one stands for its parent, and must not tell it.
-            signal.signal(signal.SIGTERM, handler)
-            signal.set_wakeup_fd(-1)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return None
-        os.close(writer)
-        endings[place] = ending(pid, reader)
-        os.close(reader)
+    os.close(writer)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    endings[place] = f"{status} {os.read(reader, 100).decode()}"
+    os.close(reader)
     return trace
 
 
 def process(event):
+    events.append(event)
     if got:
         os.write(got[0], event["eventType"].encode())
-        return
-    events.append(event)
-    if len(events) == 2:  # after the import of requests, which has too many lines
+    elif len(events) == 2:  # after the import of requests, which has too many lines
         sys.settrace(trace)
         sys._getframe(1).f_trace = trace
     elif len(events) == 3:
