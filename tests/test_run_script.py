@@ -27,9 +27,7 @@ def script(sample, *arguments, **environment):
 def path_with(folder, name, program):
     """A PATH with the commands of this machine, but for one: a program of sh takes its place, or None."""
     for place in filter(os.path.isdir, reversed(os.environ["PATH"].split(":"))):
-        for command in os.scandir(place):
-            (folder / command.name).unlink(missing_ok=True)
-            (folder / command.name).symlink_to(command.path)
+        run("cp", "-asf", f"{place}/.", folder)
     (folder / name).unlink(missing_ok=True)
     if program:
         (folder / name).write_text(f"#!/bin/sh\n{program}\n")
@@ -139,25 +137,25 @@ def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder
 
 @on_linux
 def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywhere(start, misbehaving, tmp_path):
-    passwords = {"PASSWORD": secrets.token_hex(), "AMQP_PASSWORD": secrets.token_hex()}
-    shell = {"LINES": "one\ntwo = 'three' \"four\" $five OTHER six\n", "EMPTY": "", "LONG": "x" * 70_000} | passwords
-    given = {"GIVEN": "a b=c OTHER d", "UID": "5"}
-    # The run uses these itself; what they are for the function means nothing to it.
-    given |= {"DOCKER_HOST": "tcp://nowhere", "TMPDIR": "/nowhere", "BASH_ENV": "/nowhere", "PORT": "http"}
+    secret = secrets.token_hex()
+    shell = {"LINES": "one\ntwo = 'three' \"four\" $five OTHER six\n", "EMPTY": "", "LONG": "x" * 70_000}
+    shell |= {"PASSWORD": secret, "AMQP_PASSWORD": secret}
+    # The run uses the last four itself; what they are for the function means nothing to it.
+    given = {"GIVEN": "a b=c OTHER d", "UID": "5", "TMPDIR": "/nowhere", "BASH_ENV": "/nowhere", "PORT": "http"}
     words = [word for name in [*shell, "UNSET", "port", "BASH_VERSION"] for word in ("-e", name)]
     words += [word for name, value in given.items() for word in ("-e", f"{name}={value}")]
     others = {"OTHER": "other", "HOST": "x86_64-conda-linux-gnu", "BASH_FUNC_other%%": "() { :; }"}
     with start(misbehaving, *words, **shell, **others, TMPDIR=str(tmp_path)) as it:
         environ = it.invoke({"environ": True})
-        folders = tmp_path, misbehaving
-        written = [file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()]
-        for process in Path("/proc").glob("[0-9]*"):
+        files = *tmp_path.rglob("*"), *misbehaving.rglob("*"), *Path("/proc").glob("[0-9]*/cmdline")
+        written = b""
+        for file in files:
             with contextlib.suppress(OSError):
-                written.append(process.joinpath("cmdline").read_bytes())
+                written += file.read_bytes()
     assert {name: environ.get(name) for name in shell | given} == shell | given
     assert not {*others, "UNSET", "port", "BASH_VERSION", "BASE_IMAGE", "PYTEST_CURRENT_TEST"} & environ.keys()
-    assert any(given["GIVEN"].encode() in text for text in written)
-    assert not [text for text in written for password in passwords.values() if password.encode() in text]
+    assert given["GIVEN"].encode() in written
+    assert secret.encode() not in written
 
 
 @pytest.mark.parametrize(("how", "memory"), [("not at all", 256), ("with -e", 200), ("in the shell", 200)])
@@ -169,8 +167,6 @@ def test_with_an_engine_it_runs_in_docker_confined_as_lambda_confines_a_function
     with running(sample, *words) if how == "with -e" else running(sample, **variables) as it:
         assert it.invoke() == HELLO
         (inspected,) = json.loads(run("docker", "inspect", it.container).stdout)
-        assert run("docker", "exec", it.container, "sh", "-c", "cp /bin/true /tmp && /tmp/true").returncode == 0
-        assert run("docker", "exec", it.container, "touch", "/var/task/file").returncode != 0
     config, host = inspected["Config"], inspected["HostConfig"]
     assert (config["User"], host["CapDrop"], host["CapAdd"]) == ("60999:60999", ["ALL"], None)
     assert f"AWS_LAMBDA_FUNCTION_MEMORY_SIZE={memory}" in config["Env"]

@@ -51,23 +51,12 @@ def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fre
     assert len(list(fresh.glob(".run/*"))) == 1
 
 
-NO_INDEX = {"PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_RETRIES": "1"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        (NO_INDEX | {"PIP_INDEX_URL": "http://127.0.0.1:1/simple"}, "Connection refused"),
-        ({}, "Hashes are required in --require-hashes mode"),
-    ],
-)
-def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh, environment, words):
-    if not environment:
-        replace(fresh / NAME / "requirements.txt", "--hash=", "# ")
-    with running(fresh, "--no-docker", wait=False, **environment) as it:
+def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh):
+    replace(fresh / NAME / "requirements.txt", "--hash=", "# ")
+    with running(fresh, "--no-docker", wait=False) as it:
         assert it.process.wait(120) == 1
-        assert words in it.output
+        assert "Hashes are required in --require-hashes mode" in it.output
         assert it.output.endswith(f"{NAME}: pip failed; see its words above\n")
     assert not list(fresh.glob(".run/*"))
 
@@ -77,15 +66,12 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
     def tree():
         return {path for folder in (fresh, tmp_path) for path in folder.rglob("*") if ".run" not in path.parts}
 
-    (tmp_path / "home").mkdir()
-    (tmp_path / "tmp").mkdir()
     before = tree()
-    settings = {"PREFIX": f"{tmp_path}/prefix", "TARGET": f"{tmp_path}/target", "USER": "1", "REQUIRE_VIRTUALENV": "1"}
-    environment = {f"PIP_{name}": value for name, value in settings.items()}
-    environment |= {"HOME": f"{tmp_path}/home", "TMPDIR": f"{tmp_path}/tmp", "PIP_NO_BINARY": ":all:"}
+    settings = {"PREFIX": f"{tmp_path}/prefix", "USER": "1", "REQUIRE_VIRTUALENV": "1", "NO_BINARY": ":all:"}
     # pip asks rustc for its version, and rustup then writes its settings.
     path = ":".join(folder for folder in os.environ["PATH"].split(":") if not os.path.exists(f"{folder}/rustc"))
-    with running(fresh, "--no-docker", PATH=path, **environment) as it:
+    environment = {f"PIP_{name}": value for name, value in settings.items()} | {"HOME": str(tmp_path), "PATH": path}
+    with running(fresh, "--no-docker", TMPDIR=str(tmp_path), **environment) as it:
         assert it.invoke() == HELLO
         assert not os.path.exists(f"/opt/{NAME}")
         assert (fresh / ".run").stat().st_mode & 0o777 == 0o700
@@ -118,41 +104,23 @@ def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_pack
         assert it.invoke({"import": "pip"})["errorType"] == "ModuleNotFoundError"
 
 
-# --- Where namespaces are refused, as in a plain container ---
-
-
-@pytest.fixture
-def opt(tmp_path):
-    """The folder that such a run takes for /opt."""
-    (tmp_path / "opt").mkdir()
-    return tmp_path / "opt"
-
-
-def linking(sample, opt, **options):
-    script = PROGRAMS / "without_namespaces.sh"
-    return running(sample, "--no-docker", script=script, SCRIPT=f"{sample}/{NAME}.sh", OPT=str(opt), **options)
-
-
 @pytest.mark.usefixtures("installed_sample")
-def test_it_links_into_opt_for_the_duration_of_the_run_and_replaces_the_links_of_a_killed_one(copy, opt):
-    with linking(copy, opt) as it:
+def test_without_namespaces_it_links_into_opt_for_the_duration_of_the_run_and_replaces_only_dead_links(copy, tmp_path):
+    def linking(**options):
+        variables = {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path)}
+        return running(copy, "--no-docker", script=PROGRAMS / "without_namespaces.sh", **variables, **options)
+
+    with linking() as it:
         assert f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n" in it.output
         os.killpg(it.process.pid, signal.SIGKILL)
         wait_until(lambda: not processes_of(copy))
-        assert {*os.listdir(opt)} == {"extensions", NAME}
-    with linking(copy, opt) as it:
+        assert {*os.listdir(tmp_path)} == {"extensions", NAME}
+    with linking() as it:
         assert it.invoke() == HELLO
-        assert {*os.listdir(opt)} == {"extensions", NAME}
         it.ends_cleanly()
-    assert not os.listdir(opt)
-    assert not processes_of(copy)
-
-
-@pytest.mark.usefixtures("installed_sample")
-def test_it_does_not_replace_what_is_in_opt(copy, opt):
-    (opt / "extensions").mkdir()
-    with linking(copy, opt, wait=False) as it:
+    assert not os.listdir(tmp_path) and not processes_of(copy)
+    (tmp_path / "extensions").mkdir()
+    with linking(wait=False) as it:
         assert it.process.wait(60) == 1
-        advice = "end the run that uses it, or use --docker, or root"
-        assert it.output.endswith(f"{NAME}: cannot link into /opt; {advice}\n")
-    assert os.listdir(opt) == ["extensions"]
+        assert f"{NAME}: cannot link into /opt; end the run that uses it, or use --docker, or root\n" in it.output
+    assert os.listdir(tmp_path) == ["extensions"]

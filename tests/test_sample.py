@@ -9,9 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import pytest
-from engine import first_base_image
 from machine import CREDENTIALS, processes_of, run, tool, wait_until
-from running import running
 from sample import HELLO, NAME, RECEIVED, once, rename, replace
 
 TIMEOUT = 5  # enough for a cold start on a busy machine
@@ -118,20 +116,6 @@ def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, misb
         assert it.process.wait(20) == 1
         what = "the container" if start.option == "--docker" else "aws-lambda-rie"
         assert it.output.endswith(f"{NAME}: {what} ended with status 2; see its output above\n")
-
-
-def test_lambda_managed_instances_run_four_invocations_at_the_same_time(misbehaving, engine):
-    environment = {"AWS_LAMBDA_MAX_CONCURRENCY": "4", "BASE_IMAGE": first_base_image()}
-    with running(misbehaving, "--docker", **environment) as it, ThreadPoolExecutor(4) as pool:
-
-        def invoke(event):
-            return it.invoke(event, **{"Content-Type": "application/json"})
-
-        events = [{"sleep": 2}] * 4
-        wait_until(lambda: list(pool.map(invoke, events)) == events, 60)  # the first ones meet unready workers
-        it.ends_cleanly()
-        assert "-H 'Content-Type: application/json'" in it.output
-        assert '"INVOKE"' not in it.output
 
 
 def test_renamed_files_and_one_line_make_it_another_extension(start, copy):

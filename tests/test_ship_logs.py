@@ -6,6 +6,7 @@ import re
 import select
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from collector import Collector
@@ -14,7 +15,7 @@ from extension_process import end_of, started, variant
 from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, answer, hangs, invoke
 from machine import ROOT, post, wait_until
 from running import running
-from sample import HELLO, NAME, replace
+from sample import NAME, replace
 
 FILES = list((ROOT / "examples" / "ship_logs").glob("*.py"))
 NOWHERE = "http://127.0.0.1:1/"
@@ -105,11 +106,18 @@ def test_without_a_telemetry_api_it_says_so_and_goes_on(shipping):
     assert stdout.count("Ships no logs") == len(stdout.splitlines()) - 1 == 1
 
 
-def test_it_gets_records_from_the_emulators_managed_mode_which_has_a_telemetry_api(copy, engine):
+def test_managed_instances_of_the_emulator_run_four_invocations_at_the_same_time_and_deliver(misbehaving, engine):
     for file in FILES:
-        shutil.copy(file, copy / NAME)
-    managed = {"AWS_LAMBDA_MAX_CONCURRENCY": "2", "BASE_IMAGE": first_base_image()}
-    with running(copy, "--docker", "-e", f"COLLECTOR_URL={NOWHERE}", **managed) as it:
-        assert it.invoke(**{"Content-Type": "application/json"}) == HELLO
+        shutil.copy(file, misbehaving / NAME)
+    managed = {"AWS_LAMBDA_MAX_CONCURRENCY": "4", "BASE_IMAGE": first_base_image()}
+    with running(misbehaving, "--docker", "-e", f"COLLECTOR_URL={NOWHERE}", **managed) as it:
+        assert "-H 'Content-Type: application/json'" in it.output
+        with ThreadPoolExecutor(4) as pool:
+
+            def invoke(event):
+                return it.invoke(event, **{"Content-Type": "application/json"})
+
+            events = [{"sleep": 2}] * 4
+            wait_until(lambda: list(pool.map(invoke, events)) == events, 60)  # the first ones meet unready workers
         assert it.stop()[0] == 0
         assert re.search(r" [1-9]\d* records not sent yet: ConnectionError", it.output)
