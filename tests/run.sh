@@ -33,6 +33,8 @@ if [ "${1:-}" = --all ]; then
     venv tests/requirements-all.txt .venv/tools
 fi
 exec 9>&-
-# Last on PATH, so that the sample under test still finds the python3 that its users have.
+# The sample under test finds the python3 that its users have, but no shim of pyenv, which breaks when several pips end at
+# once.
+python=$(python3 -c 'import os, sys; print(os.path.dirname(os.path.realpath(sys.executable)))')
 export HYPOTHESIS_STORAGE_DIRECTORY=.venv/hypothesis PYTHONDONTWRITEBYTECODE=1
-PATH=$PATH:$PWD/.venv/tests/bin exec .venv/tests/bin/python3 -m pytest -m "$selected" "$@"
+PATH=$python:$PATH exec .venv/tests/bin/python3 -m pytest -m "$selected" "$@"

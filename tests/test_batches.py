@@ -45,10 +45,10 @@ def send(extension, url, events, prefix=()):
         connection.sendall(SHUTDOWN)
 
     with ExtensionsApiServer([*events, shutdown]) as api, started(extension, api, prefix, COLLECTOR_URL=url) as it:
-        assert (it.process.wait(8), it.stderr) == (0, "")
+        assert (it.wait(8), it.err) == (0, "")
         assert peaks[0] < 100_000
-        assert TOKEN not in it.stdout
-        return it.stdout
+        assert TOKEN not in it.out
+        return it.out
 
 
 def ids(records):
@@ -164,8 +164,8 @@ def test_batches_that_are_stuck_are_few_and_stop_no_other_one_and_not_the_last(h
         wait_until(lambda: len(collector.requests) == 3)
         time.sleep(1)
         assert len(collector.requests) == 3
-        it.process.terminate()
-        assert it.process.wait(10) == 0
+        it.terminate()
+        assert it.wait(10) == 0
     assert ids(collector.requests[3].json) == ids_of(1)
 
 

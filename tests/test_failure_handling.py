@@ -37,9 +37,6 @@ def reported(api, phase="exit"):
     return request.json
 
 
-# --- The environment ---
-
-
 @pytest.mark.parametrize("address", [None, "nonsense", "127.0.0.1:port", "http://127.0.0.1:9001",
     "host with space:9001", ":", ":+9001", "[127.0.0.1]:9001", "user:secret@127.0.0.1:9001"])  # fmt: skip
 def test_aws_lambda_runtime_api_missing_or_malformed(extension, address):
@@ -78,11 +75,8 @@ def test_standard_output_read_slowly(obedient):
     slowly = "bash", "-c", 'exec "$@" > >(sleep 1; cat)', "bash"
     events = invoke(do=f"{ring}; log('x' * 200_000)"), SHUTDOWN
     with ExtensionsApiServer(events) as api, started(obedient, api, slowly) as it:
-        assert it.process.wait(20) == 0
-        wait_until(lambda: f"\n[{NAME}] {'x' * 200_000}\n" in it.stdout)
-
-
-# --- Registration ---
+        assert it.wait(20) == 0
+        wait_until(lambda: f"\n[{NAME}] {'x' * 200_000}\n" in it.out)
 
 
 @pytest.mark.parametrize(("response", "words"), [
@@ -99,18 +93,9 @@ def test_a_registration_that_is_refused_or_not_answered_as_documented(extension,
         assert len(api.requests) == 1
 
 
-def test_managed_instances(extension):
-    with ExtensionsApiServer([SHUTDOWN]) as api:
-        assert end_of(extension, api, AWS_LAMBDA_INITIALIZATION_TYPE="lambda-managed-instances")[0] == 0
-        assert [request.json for request in api.asked("register")] == [{"events": ["SHUTDOWN"]}]
-
-
-# --- Events: the first one, and one after it, which comes by another HTTP client ---
-
-
 @pytest.fixture(params=[[], [invoke("one")]], ids=["first", "further"])
 def before(request):
-    """The events before the one that fails."""
+    """The events before the one that matters: the first comes by another HTTP client than all further ones."""
     return request.param
 
 
@@ -159,9 +144,6 @@ def test_connection_closed_between_events(extension):
     assert re.findall(r'"requestId": "(\d+)"', stdout) == [str(number) for number in range(20)]
 
 
-# --- Your code ---
-
-
 @pytest.mark.parametrize(("do", "name", "text"), [
     ("{}['no such key']", "KeyError", "'no such key'"),
     ("sys.exit(0)", "SystemExit", "0"),
@@ -184,10 +166,10 @@ def test_a_bug_in_process(obedient, before, do, name, text):
 def test_a_bug_in_process_at_shutdown(obedient):
     with ExtensionsApiServer() as api, started(obedient, api, AT_SHUTDOWN="1 / 0") as it:
         wait_until(lambda: api.asked("event/next"))
-        it.process.terminate()
-        assert it.process.wait(20) == 1
+        it.terminate()
+        assert it.wait(20) == 1
         assert reported(api)["errorType"] == "Extension.ZeroDivisionError"
-        assert it.stderr.count("Traceback") == 1
+        assert it.err.count("Traceback") == 1
 
 
 def test_an_error_in_init(obedient):
@@ -201,9 +183,6 @@ def test_an_event_that_process_changes(obedient):
     with ExtensionsApiServer([invoke(do="event.clear()"), SHUTDOWN]) as api:
         assert end_of(obedient, api, AT_SHUTDOWN="event.clear()")[0] == 0
         assert len(api.asked("event/next")) == 2
-
-
-# --- Reports of errors ---
 
 
 def drip(connection):
@@ -236,19 +215,16 @@ def test_an_explanation_of_any_size_and_content(extension, body, shown):
 def test_a_signal_while_a_report_hangs(extension):
     with ExtensionsApiServer([answer(403, NOT_TODAY)], report=hangs) as api, started(extension, api) as it:
         wait_until(lambda: api.asked("exit/error"))
-        it.process.terminate()
-        assert it.process.wait(4) == 1
-        assert it.stderr.count("not today") == it.stderr.count("\n") == 1
+        it.terminate()
+        assert it.wait(4) == 1
+        assert it.err.count("not today") == it.err.count("\n") == 1
         assert it.received == []
-
-
-# --- Signals ---
 
 
 def stops(it, signum=signal.SIGTERM, seconds=20):
     """Asserts that a signal ends the extension with 0, after one SHUTDOWN event."""
-    it.process.send_signal(signum)
-    assert (it.process.wait(seconds), it.stderr) == (0, "")
+    it.send_signal(signum)
+    assert (it.wait(seconds), it.err) == (0, "")
     assert it.received.index("SHUTDOWN") == len(it.received) - 1
 
 
@@ -257,14 +233,14 @@ def test_a_signal_while_waiting(extension, before, signum):
     with ExtensionsApiServer([*before, hangs]) as api, started(extension, api) as it:
         wait_until(lambda: len(api.asked("event/next")) == len(before) + 1)
         stops(it, signum, 1)  # not only when the time for a shutdown is over
-        assert f'"shutdownReason": "{signum.name}", "deadlineMs": ' in it.stdout
+        assert f'"shutdownReason": "{signum.name}", "deadlineMs": ' in it.out
 
 
 @pytest.mark.parametrize("environment", [{}, {"AT_INIT": "log('Begun'); time.sleep(1)"}])
 def test_a_signal_while_your_code_runs(obedient, environment):
     with ExtensionsApiServer([invoke(do="log('Begun'); time.sleep(1)")]) as api:
         with started(obedient, api, **environment) as it:
-            wait_until(lambda: "Begun" in it.stdout)
+            wait_until(lambda: "Begun" in it.out)
             stops(it)
         assert len(api.asked("event/next")) == (0 if environment else 1)
 
@@ -276,10 +252,10 @@ def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, do, at_shu
     with ExtensionsApiServer([*events, hangs]) as api, started(obedient, api, **environment) as it:
         wait_until(lambda: api.asked("event/next") if at_shutdown else it.received)
         start = time.monotonic()
-        it.process.terminate()
-        assert it.process.wait(20) == 0
+        it.terminate()
+        assert it.wait(20) == 0
         assert 1.5 <= time.monotonic() - start < 3  # os.system() is a call into C, which returns only after 3 seconds
-        assert "Done" not in it.stdout
+        assert "Done" not in it.out
 
 
 def test_a_signal_after_shutdown(obedient):
@@ -287,10 +263,10 @@ def test_a_signal_after_shutdown(obedient):
     with ExtensionsApiServer([SHUTDOWN]) as api:
         for delay in range(0, 20, 4):
             with started(obedient, api) as it:
-                wait_until(lambda it=it: "Done" in it.stdout)
+                wait_until(lambda it=it: "Done" in it.out)
                 time.sleep(delay / 1000)
-                it.process.terminate()
-                assert it.process.wait(20) == 0
+                it.terminate()
+                assert it.wait(20) == 0
 
 
 @pytest.mark.parametrize(("do", "logged"), [
@@ -300,9 +276,9 @@ def test_a_signal_after_shutdown(obedient):
 def test_signals_that_are_not_for_the_extension(obedient, do, logged):
     with ExtensionsApiServer([invoke(do=f"import signal; {do}"), hangs]) as api, started(obedient, api) as it:
         wait_until(lambda: len(api.asked("event/next")) == 2)
-        assert f"] {logged}\n" in it.stdout
+        assert f"] {logged}\n" in it.out
         time.sleep(2)
-        assert it.process.poll() is None
+        assert it.poll() is None
 
 
 def test_a_signal_at_any_moment(extension):
@@ -316,19 +292,16 @@ def test_a_signal_at_any_moment(extension):
     assert {place: it for place, it in endings.items() if it not in ("0 SHUTDOWN", "0 INVOKESHUTDOWN")} == {}
 
 
-# --- Long runs ---
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory and descriptors are read from /proc")
 def test_a_hundred_thousand_events(extension):
     def measure(connection):
-        measured.append((it.memory() // 1024, len(os.listdir(f"/proc/{it.process.pid}/fd"))))
+        measured.append((it.memory() // 1024, len(os.listdir(f"/proc/{it.pid}/fd"))))
         connection.sendall(invoke())
 
     measured, events = [], [*[invoke()] * 1_000, measure, *[invoke()] * 98_998, measure]
     with ExtensionsApiServer([*events, SHUTDOWN]) as api, started(extension, api) as it:
-        assert it.process.wait(600) == 0
-        assert (api.connections, it.stdout.count("\n")) == (2, 100_002)
+        assert it.wait(600) == 0
+        assert (api.connections, it.out.count("\n")) == (2, 100_002)
     (memory, descriptors), late = measured
     assert late in [(memory, descriptors), (memory + 1, descriptors)]

@@ -6,7 +6,6 @@ FUZZ_CASES=5000 ./tests/run.sh -k responses tries more of them than the few hund
 import importlib
 import os
 
-import pytest
 from extensions_api_server import REGISTERED, ExtensionsApiServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,23 +26,10 @@ START = st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.0 403 Forbidden"])
 RESPONSES = st.builds(lambda start, parts: b"\r\n".join([start, *parts]), START | PARTS, st.lists(PARTS, max_size=8))
 
 
-@pytest.fixture(scope="module")
-def client(extension):
-    """The client's module, with the extension's own packages."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(extension.parent)
-        yield importlib.import_module("extensions_api")
+def test_responses_to_each_request(extension, monkeypatch):
+    monkeypatch.syspath_prepend(extension.parent)
+    client = importlib.import_module("extensions_api")
 
-
-@pytest.fixture(scope="module")
-def server():
-    with ExtensionsApiServer() as server:
-        yield server
-
-
-@settings(max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(response=RESPONSES)
-def test_responses_to_each_request(client, server, monkeypatch, response):
     def in_one_line(call):
         try:
             call()
@@ -51,18 +37,23 @@ def test_responses_to_each_request(client, server, monkeypatch, response):
             assert str(error).isprintable()
             assert len(str(error)) < 10 * client.TEXT_LENGTH
 
-    def respond(connection):
-        connection.sendall(response)
-        connection.shutdown(2)
+    @settings(max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(RESPONSES)
+    def ask(response):
+        def respond(connection):
+            connection.sendall(response)
+            connection.shutdown(2)
 
-    monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", server.address)
-    server.requests.clear()
-    server.answers = {"register": [respond], "event/next": [respond], "error": [respond]}
-    in_one_line(client.ExtensionsApi("name").register)
-    server.answers["register"] = [REGISTERED]
-    api = client.ExtensionsApi("name")
-    api.register()
-    for make_ready in (lambda: None), api.open_session:
-        make_ready()
-        in_one_line(api.next_event)
-        api.report("Error", "text", [])
+        server.answers = {"register": [respond], "event/next": [respond], "error": [respond]}
+        in_one_line(client.ExtensionsApi("name").register)
+        server.answers["register"] = [REGISTERED]
+        api = client.ExtensionsApi("name")
+        api.register()
+        for make_ready in (lambda: None), api.open_session:
+            make_ready()
+            in_one_line(api.next_event)
+            api.report("Error", "text", [])
+
+    with ExtensionsApiServer() as server:
+        monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", server.address)
+        ask()

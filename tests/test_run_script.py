@@ -55,28 +55,22 @@ def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments):
 
 
 @on_linux
-@pytest.mark.parametrize(
-    ("command", "program", "arguments", "reason"),
-    [
-        ("python3", "echo Python 3.9.2", (), "this needs Python 3.10 or newer"),
-        ("uname", "echo Darwin", (), "--no-docker needs Linux; use Docker here"),
-        ("none", "", ("-e", "AWS_LAMBDA_MAX_CONCURRENCY=2"), "AWS_LAMBDA_MAX_CONCURRENCY needs Docker"),
-    ],
-)
+@pytest.mark.parametrize(("command", "program", "arguments", "reason"), [
+    ("python3", "echo Python 3.9.2", [], "this needs Python 3.10 or newer"),
+    ("uname", "echo Darwin", [], "--no-docker needs Linux; use Docker here"),
+    ("none", None, ["-e", "AWS_LAMBDA_MAX_CONCURRENCY=2"], "AWS_LAMBDA_MAX_CONCURRENCY needs Docker"),
+])  # fmt: skip
 def test_what_cannot_run_without_docker_is_said(sample, tmp_path, command, program, arguments, reason):
     path = path_with(tmp_path, command, program)
     assert last_line(script(sample, "--no-docker", *arguments, PATH=path)).startswith(f"{NAME}: {reason}")
 
 
 @on_linux
-@pytest.mark.parametrize(
-    ("docker", "environment", "reason"),
-    [
-        (None, {}, "there is no docker command"),
-        ("echo Client; echo permission denied >&2; exit 1", {}, "no Docker engine answers: permission denied"),
-        ("[ $1 = version ]", {"BASE_IMAGE": NO_IMAGE}, f"the base image {NO_IMAGE} cannot be pulled"),
-    ],
-)
+@pytest.mark.parametrize(("docker", "environment", "reason"), [
+    (None, {}, "there is no docker command"),
+    ("echo Client; echo permission denied >&2; exit 1", {}, "no Docker engine answers: permission denied"),
+    ("[ $1 = version ]", {"BASE_IMAGE": NO_IMAGE}, f"the base image {NO_IMAGE} cannot be pulled"),
+])  # fmt: skip
 def test_only_without_docker_option_does_it_fall_back_and_say_why(sample, tmp_path, docker, environment, reason):
     environment = environment | {"PATH": path_with(tmp_path, "docker", docker)}
     with running(sample, **environment) as it:
@@ -117,17 +111,17 @@ def test_a_signal_ends_it_within_two_seconds_with_0_and_nothing_is_left(start, c
 def test_it_kills_what_ignores_the_signal_and_no_further_signal_interrupts_that(start, copy, stand_in):
     with start(copy, "-e", "IGNORE_SIGTERM=1", LAMBDA_RUNTIME_API_DAEMON=stand_in) as it:
         begin = time.monotonic()
-        while it.process.poll() is None:
-            it.process.send_signal(signal.SIGTERM)
+        while it.poll() is None:
+            it.send_signal(signal.SIGTERM)
             time.sleep(0.01)
-        assert (it.process.returncode, 2 <= time.monotonic() - begin < 15) == (0, True)
+        assert (it.returncode, 2 <= time.monotonic() - begin < 15) == (0, True)
         wait_until(lambda: is_gone(it, copy), 1)
 
 
 def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder(start, copy):
     with start(copy) as it:
         it.invoke()
-        os.killpg(it.process.pid, signal.SIGKILL)
+        os.killpg(it.pid, signal.SIGKILL)
         wait_until(lambda: is_gone(it, copy, folders=1))
     with start(copy) as it:
         assert it.invoke() == HELLO

@@ -55,7 +55,7 @@ def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fre
 def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh):
     replace(fresh / NAME / "requirements.txt", "--hash=", "# ")
     with running(fresh, "--no-docker", wait=False) as it:
-        assert it.process.wait(120) == 1
+        assert it.wait(120) == 1
         assert "Hashes are required in --require-hashes mode" in it.output
         assert it.output.endswith(f"{NAME}: pip failed; see its words above\n")
     assert not list(fresh.glob(".run/*"))
@@ -112,7 +112,7 @@ def test_without_namespaces_it_links_into_opt_for_the_duration_of_the_run_and_re
 
     with linking() as it:
         assert f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n" in it.output
-        os.killpg(it.process.pid, signal.SIGKILL)
+        os.killpg(it.pid, signal.SIGKILL)
         wait_until(lambda: not processes_of(copy))
         assert {*os.listdir(tmp_path)} == {"extensions", NAME}
     with linking() as it:
@@ -121,6 +121,6 @@ def test_without_namespaces_it_links_into_opt_for_the_duration_of_the_run_and_re
     assert not os.listdir(tmp_path) and not processes_of(copy)
     (tmp_path / "extensions").mkdir()
     with linking(wait=False) as it:
-        assert it.process.wait(60) == 1
+        assert it.wait(60) == 1
         assert f"{NAME}: cannot link into /opt; end the run that uses it, or use --docker, or root\n" in it.output
     assert os.listdir(tmp_path) == ["extensions"]

@@ -71,13 +71,10 @@ def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared)
     assert re.search(rf"python3 -\S.* /opt/{NAME}/extension.py$", extension)  # the launcher has become it
 
 
-@pytest.mark.parametrize(
-    ("event", "answer", "reason"),
-    [
-        ({"sleep": 60}, f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
-        ({"exit": 3}, "Runtime.ExitError", "ReleaseFail"),
-    ],
-)
+@pytest.mark.parametrize(("event", "answer", "reason"), [
+    ({"sleep": 60}, f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
+    ({"exit": 3}, "Runtime.ExitError", "ReleaseFail"),
+])  # fmt: skip
 def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(start, misbehaving, event, answer, reason):
     with start(misbehaving, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
         assert it.invoke({"raise": "no"})["errorType"] == "ValueError"  # not a reason to restart
@@ -88,16 +85,11 @@ def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(star
         assert it.output.count("Registered with ID") == 2
 
 
-@pytest.mark.parametrize(
-    ("failure", "answer"),
-    [
-        ("raise ValueError", (json.dumps(HELLO), 502)),
-        ("signal.pause()", (f"Task timed out after {TIMEOUT}.00 seconds", 200)),
-    ],
-)
-def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_is_started_again(
-    start, copy, tmp_path, failure, answer
-):
+@pytest.mark.parametrize(("failure", "answer"), [
+    ("raise ValueError", (json.dumps(HELLO), 502)),
+    ("signal.pause()", (f"Task timed out after {TIMEOUT}.00 seconds", 200)),
+])  # fmt: skip
+def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_starts_again(start, copy, tmp_path, failure, answer):
     extension = copy / NAME / "extension.py"
     replace(extension, "    log(", f"    {once(tmp_path, failure)}    log(")
     replace(extension, "import json", "import json, os, signal")
@@ -113,7 +105,7 @@ def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, misb
         wait_until(lambda: it.received)
         with contextlib.suppress(OSError, http.client.HTTPException):
             it.invoke()
-        assert it.process.wait(20) == 1
+        assert it.wait(20) == 1
         what = "the container" if start.option == "--docker" else "aws-lambda-rie"
         assert it.output.endswith(f"{NAME}: {what} ended with status 2; see its output above\n")
 

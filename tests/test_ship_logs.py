@@ -96,6 +96,7 @@ def test_managed_instances_need_no_invoke_event(shipping):
             wait_until(lambda: api.asked("event/next"))
             api.deliver(records_of(1))
             wait_until(lambda: len(collector.records) == 4)
+    assert [request.json for request in api.asked("register")] == [{"events": ["SHUTDOWN"]}]
     assert (api.subscription["schemaVersion"], api.subscription["types"]) == ("2025-01-29", ["platform", "function"])
 
 

@@ -4,42 +4,28 @@ import contextlib
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-from machine import PROGRAMS, ROOT, run
+from machine import PROGRAMS, ROOT, Logged, run
 from sample import NAME
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
 PYTHON = [sys.executable, *re.search("(?m)^exec python3 (.*) ", LAUNCHER).group(1).split()]
 
 
-class ExtensionProcess:
-    """A started extension: its process, and its output and error output so far."""
-
-    def __init__(self, process, stdout, stderr):
-        self.process, self._stdout, self._stderr = process, Path(stdout.name), Path(stderr.name)
-
-    @property
-    def stdout(self):
-        return self._stdout.read_text()
-
-    @property
-    def stderr(self):
-        return self._stderr.read_text()
+class ExtensionProcess(Logged):
+    """A started extension."""
 
     @property
     def received(self):
         """The types of the events that process() got."""
-        return re.findall(r'Received event: {"eventType": "(\w+)"', self.stdout)
+        return re.findall(r'Received event: {"eventType": "(\w+)"', self.out)
 
     def memory(self, figure="VmRSS"):
         """A figure of its memory, in KB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(rf"{figure}:\s+(\d+) kB", status).group(1))
+        return int(re.search(rf"{figure}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text()).group(1))
 
 
 @contextlib.contextmanager
@@ -48,20 +34,15 @@ def started(extension, api, prefix=(), **environment):
     environment = {"PATH": os.environ["PATH"]} | environment
     if api:
         environment["AWS_LAMBDA_RUNTIME_API"] = getattr(api, "address", api)
-    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        options = {"stdout": stdout, "stderr": stderr, "env": environment, "cwd": "/"}
-        process = subprocess.Popen([*prefix, *PYTHON, extension], **options)
-        try:
-            yield ExtensionProcess(process, stdout, stderr)
-        finally:
-            process.kill()
-            process.wait()
+    with ExtensionProcess([*prefix, *PYTHON, extension], env=environment, cwd="/") as it:
+        yield it
+        it.kill()
 
 
 def end_of(extension, api, prefix=(), **environment):
     """Runs the extension to its end and returns exit status, output and error output."""
     with started(extension, api, prefix, **environment) as it:
-        return it.process.wait(60), it.stdout, it.stderr
+        return it.wait(60), it.out, it.err
 
 
 def variant(extension, folder, files):

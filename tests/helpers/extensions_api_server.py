@@ -26,10 +26,6 @@ def answer(status=200, body=b"", **headers):
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def error(status, error_type, message="as the test wants it"):
-    return answer(status, {"errorType": error_type, "errorMessage": message})
-
-
 def invoke(request_id="request-1", seconds=3600, **more):
     """An invocation that must end so many seconds later."""
     deadline = int((time.time() + seconds) * 1000)

@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -51,6 +52,18 @@ def need_namespaces():
 def run(*command, **options):
     """Runs a command to its end and returns its CompletedProcess, with the output as text."""
     return subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, **options)
+
+
+class Logged(subprocess.Popen):
+    """A process whose output and error output can be read while it runs."""
+
+    def __init__(self, command, **options):
+        self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 - Docker would mix lines in one
+        super().__init__([*map(str, command)], stdout=self._files[0], stderr=self._files[1], **options)
+
+    out = property(lambda self: Path(self._files[0].name).read_text())
+    err = property(lambda self: Path(self._files[1].name).read_text())
+    output = property(lambda self: self.out + self.err)
 
 
 def wait_until(condition, seconds=20):

@@ -9,28 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from engine import first_base_image
-from machine import PROGRAMS, free_port, need_namespaces, post, run, wait_until
+from machine import PROGRAMS, Logged, free_port, need_namespaces, post, run, wait_until
 from sample import NAME, RECEIVED
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="running without Docker needs Linux")
 
 
-class Running:
-    """The sample while it runs: where it listens, and what it has printed so far."""
+class Running(Logged):
+    """The sample while it runs."""
 
-    def __init__(self, process, logs, host, port):
-        self.process, self.port, self.endpoint = process, port, f"http://{host}:{port}"
-        self._logs = [Path(log.name) for log in logs]
-
-    @property
-    def output(self):
-        return "".join(log.read_text() for log in self._logs)
+    def __init__(self, command, host, port, **options):
+        self.port, self.endpoint = port, f"http://{host}:{port}"
+        super().__init__(command, **options)
 
     @property
     def received(self):
@@ -55,7 +50,7 @@ class Running:
         """Waits until the endpoint answers, which takes a while in a first run."""
 
         def answers():
-            assert self.process.poll() is None, self.output
+            assert self.poll() is None, self.output
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return post(self.endpoint, timeout=5) is not None
 
@@ -65,10 +60,10 @@ class Running:
         """Ends the run as a supervisor or, with another signal, a terminal would; returns exit status and seconds."""
         start = time.monotonic()
         if signum == signal.SIGTERM:
-            self.process.send_signal(signum)
+            self.send_signal(signum)
         else:
-            os.killpg(self.process.pid, signum)
-        return self.process.wait(60), time.monotonic() - start
+            os.killpg(self.pid, signum)
+        return self.wait(60), time.monotonic() - start
 
     def ends_cleanly(self, signum=signal.SIGTERM):
         """Asserts that the signal ends the run with 0, and the extension with SHUTDOWN; returns the seconds taken."""
@@ -86,18 +81,15 @@ def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1"
     command = [sample / script, "-p", port if host == "127.0.0.1" else f"{host}:{port}", *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     options = {"cwd": "/", "stdin": subprocess.DEVNULL, "start_new_session": True, "env": os.environ | environment}
-    # Two files, because Docker mixes lines of standard output and error.
-    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        process = subprocess.Popen([*map(str, command)], stdout=stdout, stderr=stderr, **options, **identity)
-        it = Running(process, [stdout, stderr], host, port)
+    with Running(command, host, port, **options, **identity) as it:
         try:
             if wait:
                 it.wait_until_ready()
             yield it
         finally:
-            if process.poll() is None:
+            if it.poll() is None:
                 it.stop()
-            sys.stdout.write(it.output)
+            print(it.output)
 
 
 class Way:

@@ -5,25 +5,16 @@ import http.server
 import json
 import os
 import signal
-import socket
 import sys
+from pathlib import Path
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
+    def do_POST(self):
         self.send_response(200)
         self.end_headers()
-        try:
-            broker = socket.gethostbyname("host.docker.internal")
-        except OSError:
-            broker = None
-        told = {"environ": dict(os.environ), "argv": sys.argv, "broker": broker}
+        told = {"environ": dict(os.environ), "argv": sys.argv, "hosts": Path("/etc/hosts").read_text()}
         self.wfile.write(json.dumps(told).encode())
-
-    do_POST = do_GET
-
-    def log_message(self, *_):
-        pass
 
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "IGNORE_SIGTERM" in os.environ else lambda *_: sys.exit())
