@@ -41,7 +41,7 @@ def function(rabbitmq):
     ("arguments", "event", "expiration"), [([], b"{}", "30000"), (["--timeout", "5", "[1]"], b"[1]", "5000")]
 )
 def test_the_client_prints_its_own_answer(rabbitmq, function, arguments, event, expiration):
-    client = function.submit(invoke_by_amqp, rabbitmq.port, function.queue, *arguments)
+    client = function.submit(invoke_by_amqp, rabbitmq.host, function.queue, *arguments)
     request, body = function.request()
     assert (body, request.content_type, request.expiration) == (event, "application/json", expiration)
     function.answer(request, b"the answer")
@@ -61,7 +61,7 @@ def test_one_channel_serves_several_invocations_and_leaves_no_queue(rabbitmq, fu
 
 
 def test_what_others_send_does_not_extend_the_wait(rabbitmq, function):
-    client = function.submit(invoke_by_amqp, rabbitmq.port, function.queue, "--timeout", "1")
+    client = function.submit(invoke_by_amqp, rabbitmq.host, function.queue, "--timeout", "1")
     request, _ = function.request()
     deadline = time.monotonic() + 10
     while not client.done() and time.monotonic() < deadline:
@@ -72,16 +72,16 @@ def test_what_others_send_does_not_extend_the_wait(rabbitmq, function):
 
 
 @pytest.mark.parametrize(("uri", "said"), [
-    ("amqp://lambda:secret%20word@localhost:{broker}", f"nothing serves the function {NAME}"),
+    ("amqp://lambda:secret%20word@{broker}", f"nothing serves the function {NAME}"),
     ("amqp://user:secret@localhost:{port}", "no RabbitMQ at localhost:{port}, or access denied"),
     ("amqp://user:secret@no-such-host.invalid", "no RabbitMQ at no-such-host.invalid:5672, or access denied"),
     ("user:secret@localhost", "AMQP_URI takes amqp://"),
     ("amqp://user:secret@localhost:port", "AMQP_URI takes amqp://"),
 ])  # fmt: skip
 def test_the_client_says_in_one_line_why_it_cannot_invoke(rabbitmq, uri, said):
-    ports = {"broker": rabbitmq.port, "port": free_port()}
+    places = {"broker": rabbitmq.host, "port": free_port()}
     client = ROOT / "examples" / "amqp_invoke.py"
-    ran = run(sys.executable, client, NAME, env=os.environ | {"AMQP_URI": uri.format(**ports)})
+    ran = run(sys.executable, client, NAME, env=os.environ | {"AMQP_URI": uri.format(**places)})
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
-    assert ran.stderr.startswith(said.format(**ports))
+    assert ran.stderr.startswith(said.format(**places))
     assert "secret" not in ran.stderr

@@ -11,8 +11,8 @@ import amqp_invoke as client
 import pika
 import pytest
 from engine import build, first_base_image
-from machine import PROGRAMS, ROOT, real_daemon, run, tool, wait_until
-from rabbitmq import PASSWORD, USERNAME, invoke_by_amqp
+from machine import ROOT, real_daemon, run, tool, wait_until
+from rabbitmq import PASSWORD, USERNAME, invoke_by_amqp, rabbitmq_image
 from running import Running
 from sample import HELLO, NAME, copy_sample, misbehave, once, replace
 
@@ -54,7 +54,7 @@ def consumers(rabbitmq, queue):
 @pytest.fixture(scope="module")
 def daemon_run(start, rabbitmq, folder, sample):
     """The real Daemon with a function that does what the event says."""
-    environment = CREDENTIALS | TIMEOUT | {"AMQP_URI": f"amqp://{start.machine}:{rabbitmq.port}"}
+    environment = CREDENTIALS | TIMEOUT | {"AMQP_URI": f"amqp://{rabbitmq.host}"}
     copy = misbehave(copy_sample(folder / f"daemon {start.option}", sample))
     with start(copy, LAMBDA_RUNTIME_API_DAEMON=real_daemon(), **environment) as it:
         wait_until(lambda: consumers(rabbitmq, NAME))
@@ -116,11 +116,11 @@ def test_stopping_one_of_three_copies_as_an_example_does_loses_no_message(exampl
     signals, commands = re.findall(r"stop_signal: (\w+)", text), re.findall(r" command: (.*)", text)
     words = [word for command in commands for word in json.loads(command)]
     settings = CREDENTIALS | {"AWS_LAMBDA_FUNCTION_NAME": name, "AWS_LAMBDA_FUNCTION_TIMEOUT": "10"}
-    settings["AMQP_URI"] = f"amqp://host.docker.internal:{rabbitmq.port}"
+    settings["AMQP_URI"] = f"amqp://{rabbitmq.host}"
     options = [f"--env={key}={value}" for key, value in settings.items()]
     options += [f"--stop-signal={signal}" for signal in signals] + [f"--entrypoint={word}" for word in words[:1]]
     options += [f"--volume={real_daemon()}:/usr/local/bin/aws-lambda-rie"]
-    options += ["--add-host=host.docker.internal:host-gateway", build(misbehaving, "copies", first_base_image())]
+    options.append(build(misbehaving, "copies", first_base_image()))
     answered, containers = {}, []
     with rabbitmq.connect() as connection, contextlib.ExitStack() as stack:
         for number in "123":
@@ -149,13 +149,11 @@ def test_compose_starts_broker_daemon_and_function(engine):
     environment |= {"BASE_IMAGE": first_base_image(), "COMPOSE_PROJECT_NAME": f"{NAME}-test", "DOCKER_BUILDKIT": "0"}
     plugin = run("docker", "compose", "version").returncode == 0
     compose = [*(["docker", "compose"] if plugin else [tool("docker-compose")]), "--file", COMPOSE]
-    (broker,) = re.findall(r"image: (\S+)", COMPOSE.read_text())
-    if run("docker", "pull", broker).returncode != 0:
-        build(ROOT, broker, first_base_image(), "--file", PROGRAMS / "rabbitmq.Dockerfile")
+    rabbitmq_image()
     try:
         up = run(*compose, "up", "--build", "--detach", env=environment)  # docker-compose 1 has no --wait
         assert up.returncode == 0, up.stdout + up.stderr
-        wait_until(lambda: invoke_by_amqp(5672, NAME).stdout == f"{json.dumps(HELLO)}\n", 60)
+        wait_until(lambda: invoke_by_amqp("localhost", NAME).stdout == f"{json.dumps(HELLO)}\n", 60)
         assert Running(["true"], "localhost", 8080).invoke(function=NAME) == HELLO
     finally:
         print(run(*compose, "logs", env=environment).stdout)
