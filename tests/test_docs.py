@@ -1,9 +1,11 @@
 """The README and the pages behind it keep what they promise."""
 
+import os
 import re
+import sys
 
 import pytest
-from machine import ROOT
+from machine import ROOT, run
 from pages import PAGES, rows
 from sample import NAME
 
@@ -43,3 +45,15 @@ def test_every_variable_of_the_script_is_in_a_table_and_the_other_way_round():
     tables = [*rows(PAGES["docs/running-locally.md"]), *rows(PAGES["docs/daemon-and-amqp.md"])]
     told = {name for row in tables for name in re.findall(r"^`([A-Z_]+)`(?:, `([A-Z_]+)`)?", row[0]) for name in name}
     assert told - {""} == read - {"AWS_LAMBDA_FUNCTION_NAME", "LAMBDA_TASK_ROOT"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="the benchmark needs Linux and root")
+def test_one_round_measures_each_figure_of_the_docs():
+    ran = run(ROOT / "benchmark" / "benchmark.py", "--rounds", "1", "--invocations", "20")
+    assert ran.returncode == 0, ran.stderr
+    assert "| | no extension | unpooled.py | this extension | http_client.py |\n" in ran.stdout
+    measured, documented = rows(ran.stdout), rows((ROOT / "docs" / "cost.md").read_text())
+    assert [name for name, *_ in measured] == [name for name, *_ in documented if "the Daemon" not in name]
+    assert all(cells[2] != "–" for _, *cells in measured)
+    assert [cell.split()[0] for cell in measured[-1][2:]] == ["1,002", "2", "1"]

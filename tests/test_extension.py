@@ -1,12 +1,34 @@
-"""The extension as a process, with an Extensions API that the test controls."""
+"""The extension as a process, with an Extensions API that the test controls.
 
+FUZZ_CASES=5000 ./tests/run.sh -k responses tries more responses than the few hundred of an ordinary run.
+"""
+
+import importlib
 import json
+import os
 import re
 
 from extension_process import end_of, started
-from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, hangs, invoke
+from extensions_api_server import IDENTIFIER, REGISTERED, SHUTDOWN, ExtensionsApiServer, hangs, invoke
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from machine import wait_until
 from sample import NAME
+
+CASES = int(os.environ.get("FUZZ_CASES", "300"))
+
+PARTS = st.sampled_from(
+    [b"HTTP/1.1 302 Found", b"HTTP/1.1 204 None", b"HTTP/1.1 100 Continue", b"HTTP/1.1 99999 Many", b"HTTP/1.1 -1 Less",
+     b"HTTP/9 200", b"220 ESMTP", b"Location: http://[", b"Location: http://a..b/", b"Location: //" + b"x" * 64,
+     b"Location: \xff\xfe", b"Content-Length: 1" + b"0" * 30, b"Content-Length: -5", b"Content-Length: five",
+     b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Content-Type: text/html; charset=no-such", b"No colon",
+     b"Set-Cookie: \x00=\x01; expires=never", b"X: " + b"y" * 70_000, b"Lambda-Extension-Identifier: \x1b[31m",
+     b"Lambda-Extension-Identifier: one\r\n two", b"Lambda-Extension-Identifier: \xa0", b"Connection: close", b"",
+     b'{"eventType": "INVOKE"}', b'{"eventType": ["\x1b"]}', b"[" * 2_000, b'{"errorType":' * 2_000, b"-5\r\nabc\r\n",
+     b"zz\r\n", b'{"errorType": "\xe2\x80\xae", "errorMessage": 1e999}', b'"\\ud800"', b"9" * 5_000]
+) | st.binary(max_size=50)  # fmt: skip
+START = st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.0 403 Forbidden"])
+RESPONSES = st.builds(lambda start, parts: b"\r\n".join([start, *parts]), START | PARTS, st.lists(PARTS, max_size=8))
 
 
 def test_registers_under_the_name_of_its_folder_and_asks_for_each_event_with_the_identifier_it_was_given(extension):
@@ -29,13 +51,6 @@ def test_asks_for_the_first_event_when_init_has_returned(obedient):
     with ExtensionsApiServer([asked]) as api, started(obedient, api, AT_INIT="log('Initialized')") as it:
         assert it.wait(20) == 0
     assert re.findall("Registered|Initialized|SHUTDOWN", *printed) == ["Registered", "Initialized"]
-
-
-def test_logs_each_event_in_one_line_before_it_asks_for_the_next_one(extension):
-    with ExtensionsApiServer([invoke("one"), invoke("two"), hangs]) as api, started(extension, api) as it:
-        wait_until(lambda: len(api.asked("event/next")) == 3)
-        events = re.findall(rf"(?m)^\[{NAME}\] Received event: (.*)$", it.out)
-    assert [json.loads(event)["requestId"] for event in events] == ["one", "two"]
 
 
 def test_prints_without_delay_and_any_text(obedient):
@@ -67,3 +82,36 @@ def test_the_first_event_needs_no_requests_and_all_others_share_one_session(obed
         _, stdout, _ = end_of(obedient, api)
         assert api.connections == 2
     assert re.findall("requests: (True|False)", stdout) == ["False"] + ["True"] * 999
+
+
+def test_whatever_the_responses_are_it_is_an_error_in_one_line_or_none(extension, monkeypatch):
+    monkeypatch.syspath_prepend(extension.parent)
+    client = importlib.import_module("extensions_api")
+
+    def in_one_line(call):
+        try:
+            call()
+        except client.ExtensionsApiError as error:
+            assert str(error).isprintable()
+            assert len(str(error)) < 10 * client.TEXT_LENGTH
+
+    @settings(max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(RESPONSES)
+    def ask(response):
+        def respond(connection):
+            connection.sendall(response)
+            connection.shutdown(2)
+
+        server.answers = {"register": [respond], "event/next": [respond], "error": [respond]}
+        in_one_line(client.ExtensionsApi("name").register)
+        server.answers["register"] = [REGISTERED]
+        api = client.ExtensionsApi("name")
+        api.register()
+        for make_ready in (lambda: None), api.open_session:
+            make_ready()
+            in_one_line(api.next_event)
+            api.report("Error", "text", [])
+
+    with ExtensionsApiServer() as server:
+        monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", server.address)
+        ask()

@@ -1,18 +1,24 @@
-"""What the image contains, and how it builds and runs."""
+"""The image and the layer: what they contain, how they build and run."""
 
+import importlib.util
 import json
 import os
 import re
+import stat
 import uuid
+import zipfile
+from pathlib import Path
 
 import pytest
 from engine import BASE_IMAGES, build, container
 from machine import missing, run, wait_until
 from pages import code_blocks
-from sample import HELLO, NAME, RECEIVED, replace
+from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
 
 ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
 (COPY,) = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
+
+RENAMED = "renamed-extension"
 
 
 def inside(image, script):
@@ -108,3 +114,32 @@ def test_it_builds_and_runs_on_arm64(sample):
     if run("docker", "run", "--rm", *on_arm64, ARM64_BASE_IMAGE, "uname", "-m").stdout != "aarch64\n":
         missing("no base image for arm64, or no emulation")
     runs(build(sample, "arm64", ARM64_BASE_IMAGE, *on_arm64), *on_arm64)
+
+
+@pytest.fixture(scope="session")
+def layer(folder):
+    """The layer of a renamed copy, made by a user whose files nobody else can read, and unpacked."""
+    sample, target = folder / "renamed", folder / "layer"
+    rename(copy_sample(sample), RENAMED)
+    made = run(sample / "scripts" / "build-layer", umask=0o077)
+    assert made.stdout == f"layer.zip: /opt/extensions/{RENAMED} and /opt/{RENAMED}\n", made.stderr
+    with zipfile.ZipFile(sample / "layer.zip") as archive:
+        for entry in archive.infolist():
+            Path(archive.extract(entry, target)).chmod(stat.S_IMODE(entry.external_attr >> 16))
+    return target
+
+
+def test_the_layer_holds_the_extension_and_its_launcher_for_any_cpu_with_bytecode_that_ignores_file_times(layer):
+    assert {path.relative_to(layer).as_posix() for path in layer.glob("extensions/*")} == {f"extensions/{RENAMED}"}
+    assert {path.name for path in layer.iterdir()} == {"extensions", RENAMED}
+    assert not [*layer.rglob("*.so")]
+    for source in layer.rglob("*.py"):
+        unchecked_hash = (0b01).to_bytes(4, "little") + importlib.util.source_hash(source.read_bytes())
+        compiled = Path(importlib.util.cache_from_source(source)).read_bytes()
+        assert compiled.startswith(importlib.util.MAGIC_NUMBER + unchecked_hash)
+
+
+def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
+    with container(image, "--volume", f"{layer}:/opt:ro") as (name, answer):
+        assert json.loads(answer) == HELLO
+        wait_until(lambda: f"[{RENAMED}] {RECEIVED}" in run("docker", "logs", name).stdout)

@@ -1,4 +1,4 @@
-"""python-example-extension.sh: its options, its errors, and its cleanup, with and without Docker."""
+"""python-example-extension.sh: its options, its errors, and its cleanup, with Docker or podman and without."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from engine import first_base_image
-from machine import free_port, processes_of, run, wait_until
+from machine import free_port, processes_of, run, tool, wait_until
 from running import on_linux, running
 from sample import HELLO, NAME
 
@@ -176,3 +176,28 @@ def test_it_can_be_started_by_a_link_by_sh_and_in_posix_mode_as_sh_is_on_macos(s
     with socket.create_server(("127.0.0.1", 0)) as server:
         for shell in [], ["sh"], ["bash", "--posix"]:
             assert "is in use" in last_line(run(*shell, link, "-p", server.getsockname()[1]))
+
+
+@pytest.fixture(scope="module")
+def podman(folder, engine):
+    """The environment where docker is podman, as Debian's podman-docker makes it; rootless but for root."""
+    (folder / "podman").mkdir()
+    (folder / "podman" / "docker").symlink_to(tool("podman"))
+    assert run("sh", "-c", f"docker save {first_base_image()} | podman load").returncode == 0
+    return {"PATH": f"{folder}/podman:{os.environ['PATH']}", "BASE_IMAGE": f"localhost/{first_base_image()}"}
+
+
+@pytest.mark.slow
+def test_podman_runs_the_sample_and_removes_its_container(podman, sample):
+    with running(sample, "--docker", **podman) as it:
+        assert it.invoke() == HELLO
+        it.ends_cleanly()
+    assert run("podman", "ps", "--all", "--quiet").stdout == ""
+
+
+@pytest.mark.slow
+def test_podman_runs_the_daemon_with_a_broker_of_this_machine_and_without_its_proxies(podman, sample, stand_in):
+    with running(sample, "--docker", LAMBDA_RUNTIME_API_DAEMON=stand_in, no_proxy="any", **podman) as it:
+        environ = it.invoke(function=NAME)["environ"]
+    assert environ["AMQP_URI"].startswith("amqp://host.containers.internal:5672")
+    assert "no_proxy" not in environ
