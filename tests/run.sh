@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests in a virtual environment of their own; it needs bash and Python with pip.
-#   ./tests/run.sh [--all] [pytest options]
-# --all adds the slow tests, which take long or need heavy tools. A test whose tools are missing is skipped, with the reason;
-# with CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package.
+# Runs the tests in a virtual environment of their own; it needs bash and Python with pip: ./tests/run.sh [--all] [pytest
+# options]. --all adds the slow tests, which take long or need heavy tools. A test whose tools are missing is skipped, with
+# the reason; with CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,8 +12,7 @@ venv() {
     [ "$(cat "$2/made-for" 2>/dev/null)" != "$made_for" ] || ! "$2/bin/python3" -c '' || return 0
     echo "Installing the $(grep -c == "$1") packages of $1 into $2, once"
     rm -rf "$2"
-    # Debian and Ubuntu keep venv's own pip in a separate package, so the pip outside installs into the environment,
-    # with the options of scripts/pip-install, which cannot install programs.
+    # By the pip outside, since Debian's venv has none; with the options of scripts/pip-install, which installs no programs.
     python3 -m venv --without-pip "$2"
     env -u PIP_TARGET -u PIP_PREFIX PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 "$2/bin/python3" \
         "$(python3 -c 'import pip; print(*pip.__path__)')" install --ignore-installed --disable-pip-version-check \
@@ -33,8 +31,7 @@ if [ "${1:-}" = --all ]; then
     venv tests/requirements-all.txt .venv/tools
 fi
 exec 9>&-
-# The sample under test finds the python3 that its users have, but no shim of pyenv, which breaks when several pips end at
-# once.
+# Not by a shim of pyenv, which breaks when several pips end at once.
 python=$(python3 -c 'import os, sys; print(os.path.dirname(os.path.realpath(sys.executable)))')
 export HYPOTHESIS_STORAGE_DIRECTORY=.venv/hypothesis PYTHONDONTWRITEBYTECODE=1
 PATH=$python:$PATH exec .venv/tests/bin/python3 -m pytest -m "$selected" "$@"

@@ -44,9 +44,7 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def asked(tmp_path, sample):
-    """Runs commands of the docs with the real AWS CLI; returns what they asked of docker and of AWS, and printed."""
+def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_and_add_the_layer(tmp_path, sample):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AwsApi)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -56,21 +54,17 @@ def asked(tmp_path, sample):
     for name, script in ("aws", aws), ("docker", docker):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "docker.log").touch()
     environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")} | CREDENTIALS
     environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "AWS_PAGER": ""}
 
-    def ask(commands):
-        ran = run("bash", "-euo", "pipefail", "-c", commands, env=environment, cwd=sample)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        return [*(tmp_path / "docker.log").read_text().splitlines(), *server.asked, ran.stdout]
-
-    yield ask
+    commands = [
+        *code_blocks("docs/deploying.md", "With the AWS CLI"),
+        code_blocks("docs/deploying.md", "As a layer")[0],
+    ]
+    ran = run("bash", "-euo", "pipefail", "-c", "".join(commands), env=environment, cwd=sample)
     server.shutdown()
-
-
-def test_the_commands_create_invoke_update_and_remove_the_function(asked):
-    requests = iter(asked("".join(code_blocks("docs/deploying.md", "With the AWS CLI"))))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    requests = iter([*(tmp_path / "docker.log").read_text().splitlines(), *server.asked, ran.stdout])
     for expected in (
         "docker login --username AWS --password-stdin .* password$", f"docker build .*--target lambda --tag {IMAGE} .$",
         f"docker push {IMAGE}$", f"CreateRepository .*{NAME}", f"=CreateRole.*RoleName={NAME}&.*lambda.amazonaws.com",
@@ -78,15 +72,11 @@ def test_the_commands_create_invoke_update_and_remove_the_function(asked):
         f"GET .*/{NAME}", f"POST .*/{NAME}/invocations", f"FilterLogEvents .*/aws/lambda/{NAME}",
         f'PUT .*/{NAME}/code .*"ImageUri": "{IMAGE}:latest"', f"GET .*/{NAME}", f"DELETE .*/{NAME}",
         f"DeleteRepository .*{NAME}", "=DetachRolePolicy.*/AWSLambdaBasicExecutionRole",
-        f"=DeleteRole&.*RoleName={NAME}", f"DeleteLogGroup .*/aws/lambda/{NAME}", re.escape(json.dumps(HELLO)),
+        f"=DeleteRole&.*RoleName={NAME}", f"DeleteLogGroup .*/aws/lambda/{NAME}",
+        f'POST .*/layers/{NAME}/versions .*"ZipFile": "..', r'PUT .*/my-function/.*"Layers": \["arn:layer:1"\]',
+        re.escape(json.dumps(HELLO)),
     ):  # fmt: skip
         assert any(re.search(expected, request, re.DOTALL) for request in requests), expected
-
-
-def test_the_commands_publish_and_add_the_layer(asked):
-    *_, published, added, _ = asked(code_blocks("docs/deploying.md", "As a layer")[0])
-    assert re.search(f'POST .*/layers/{NAME}/versions .*"ZipFile": "..', published)
-    assert re.search(r'PUT .*/my-function/configuration .*"Layers": \["arn:layer:1"\]', added)
 
 
 def test_sam_builds_the_stage_without_the_emulator_invokes_it_and_shows_the_extension(copy, engine):

@@ -18,14 +18,13 @@ from sample import NAME
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
 
 PARTS = st.sampled_from(
-    [b"HTTP/1.1 302 Found", b"HTTP/1.1 204 None", b"HTTP/1.1 100 Continue", b"HTTP/1.1 99999 Many", b"HTTP/1.1 -1 Less",
-     b"HTTP/9 200", b"220 ESMTP", b"Location: http://[", b"Location: http://a..b/", b"Location: //" + b"x" * 64,
-     b"Location: \xff\xfe", b"Content-Length: 1" + b"0" * 30, b"Content-Length: -5", b"Content-Length: five",
-     b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Content-Type: text/html; charset=no-such", b"No colon",
-     b"Set-Cookie: \x00=\x01; expires=never", b"X: " + b"y" * 70_000, b"Lambda-Extension-Identifier: \x1b[31m",
-     b"Lambda-Extension-Identifier: one\r\n two", b"Lambda-Extension-Identifier: \xa0", b"Connection: close", b"",
-     b'{"eventType": "INVOKE"}', b'{"eventType": ["\x1b"]}', b"[" * 2_000, b'{"errorType":' * 2_000, b"-5\r\nabc\r\n",
-     b"zz\r\n", b'{"errorType": "\xe2\x80\xae", "errorMessage": 1e999}', b'"\\ud800"', b"9" * 5_000]
+    [b"HTTP/1.1 302 Found", b"HTTP/1.1 204 None", b"HTTP/1.1 100 Continue", b"HTTP/1.1 99999 Many", b"HTTP/9 200",
+     b"Location: http://[", b"Location: http://a..b/", b"Location: \xff\xfe", b"Content-Length: 1" + b"0" * 30,
+     b"Content-Length: -5", b"Content-Length: five", b"Transfer-Encoding: chunked", b"-5\r\nabc\r\n", b"zz\r\n", b"",
+     b"Content-Encoding: gzip", b"Content-Type: text/html; charset=no-such", b"Set-Cookie: \x00=\x01; expires=never",
+     b"X: " + b"y" * 70_000, b"Lambda-Extension-Identifier: \x1b[31m", b"Lambda-Extension-Identifier: one\r\n two",
+     b"Lambda-Extension-Identifier: \xa0", b"Connection: close", b'{"eventType": ["\x1b"]}', b'{"errorType":' * 2_000,
+     b'{"errorType": "\xe2\x80\xae", "errorMessage": 1e999}', b'"\\ud800"', b"[" * 2_000, b"9" * 5_000]
 ) | st.binary(max_size=50)  # fmt: skip
 START = st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.0 403 Forbidden"])
 RESPONSES = st.builds(lambda start, parts: b"\r\n".join([start, *parts]), START | PARTS, st.lists(PARTS, max_size=8))

@@ -1,5 +1,6 @@
 """The image and the layer: what they contain, how they build and run."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from engine import BASE_IMAGES, build, container
-from machine import missing, run, wait_until
+from engine import BASE_IMAGES, build
+from machine import free_port, missing, post, run, wait_until
 from pages import code_blocks
 from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
 
@@ -28,11 +29,21 @@ def inside(image, script):
     return ran.stdout
 
 
-def runs(image, *options):
+def runs(image, *options, extension=NAME):
     """Asserts that a container answers, and that the extension logs the event."""
-    with container(image, *options) as (name, answer):
-        assert json.loads(answer) == HELLO
-        wait_until(lambda: RECEIVED in run("docker", "logs", name).stdout)
+    port = free_port()
+    container = run("docker", "run", "--rm", "--detach", *options, "--publish", f"127.0.0.1:{port}:8080", image)
+    name = container.stdout.strip()
+
+    def invoke():
+        with contextlib.suppress(OSError):
+            return post(f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations", timeout=60)
+
+    try:
+        assert json.loads(wait_until(invoke, 60)) == HELLO
+        wait_until(lambda: f"[{extension}] {RECEIVED}" in run("docker", "logs", name).stdout)
+    finally:
+        run("docker", "kill", name)
 
 
 def test_stray_and_hidden_files_stay_out(copy, base_image):
@@ -140,6 +151,4 @@ def test_the_layer_holds_the_extension_and_its_launcher_for_any_cpu_with_bytecod
 
 
 def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
-    with container(image, "--volume", f"{layer}:/opt:ro") as (name, answer):
-        assert json.loads(answer) == HELLO
-        wait_until(lambda: f"[{RENAMED}] {RECEIVED}" in run("docker", "logs", name).stdout)
+    runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from engine import first_base_image
 from machine import free_port, processes_of, run, tool, wait_until
-from running import on_linux, running
+from running import running
 from sample import HELLO, NAME
 
 NO_IMAGE = "localhost:1/no/such/image:here"
@@ -54,18 +54,16 @@ def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments):
     assert (ran.stdout, ran.stderr.count("\n")) == ("", 1)
 
 
-@on_linux
 @pytest.mark.parametrize(("command", "program", "arguments", "reason"), [
     ("python3", "echo Python 3.9.2", [], "this needs Python 3.10 or newer"),
     ("uname", "echo Darwin", [], "--no-docker needs Linux; use Docker here"),
-    ("none", None, ["-e", "AWS_LAMBDA_MAX_CONCURRENCY=2"], "AWS_LAMBDA_MAX_CONCURRENCY needs Docker"),
+    ("none", "", ["-e", "AWS_LAMBDA_MAX_CONCURRENCY=2"], "AWS_LAMBDA_MAX_CONCURRENCY needs Docker"),
 ])  # fmt: skip
 def test_what_cannot_run_without_docker_is_said(sample, tmp_path, command, program, arguments, reason):
     path = path_with(tmp_path, command, program)
     assert last_line(script(sample, "--no-docker", *arguments, PATH=path)).startswith(f"{NAME}: {reason}")
 
 
-@on_linux
 @pytest.mark.parametrize(("docker", "environment", "reason"), [
     (None, {}, "there is no docker command"),
     ("echo Client; echo permission denied >&2; exit 1", {}, "no Docker engine answers: permission denied"),
@@ -83,13 +81,11 @@ def test_two_runs_listen_side_by_side_each_on_its_address_alone(start, sample):
     with start(sample) as one, start(sample, host="127.0.0.2") as other:
         again = script(sample, start.option, "-p", str(one.port), **start.environment)
         assert f"port {one.port} is in use" in last_line(again)
-        assert f"{other.endpoint}/" in other.output
         for address in ("127.0.0.2", one.port), ("127.0.0.1", other.port):
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(address)
         assert one.invoke() == other.invoke() == HELLO
         wait_until(lambda: one.received and other.received)
-        assert one.received != other.received
         one.stop()
         assert other.invoke() == HELLO
 
@@ -104,7 +100,9 @@ def is_gone(it, sample, folders=0):
 def test_a_signal_ends_it_within_two_seconds_with_0_and_nothing_is_left(start, copy, signum):
     with start(copy) as it:
         it.invoke()
-        assert it.ends_cleanly(signum) < 2
+        begin = time.monotonic()
+        it.ends_cleanly(signum)
+        assert time.monotonic() - begin < 2
         wait_until(lambda: is_gone(it, copy), 1)
 
 
@@ -129,8 +127,7 @@ def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder
         wait_until(lambda: is_gone(it, copy), 1)
 
 
-@on_linux
-def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywhere(start, misbehaving, tmp_path):
+def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywhere(start, evaluating, tmp_path):
     secret = secrets.token_hex()
     shell = {"LINES": "one\ntwo = 'three' \"four\" $five OTHER six\n", "EMPTY": "", "LONG": "x" * 70_000}
     shell |= {"PASSWORD": secret, "AMQP_PASSWORD": secret}
@@ -139,9 +136,9 @@ def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywh
     words = [word for name in [*shell, "UNSET", "port", "BASH_VERSION"] for word in ("-e", name)]
     words += [word for name, value in given.items() for word in ("-e", f"{name}={value}")]
     others = {"OTHER": "other", "HOST": "x86_64-conda-linux-gnu", "BASH_FUNC_other%%": "() { :; }"}
-    with start(misbehaving, *words, **shell, **others, TMPDIR=str(tmp_path)) as it:
-        environ = it.invoke({"environ": True})
-        files = *tmp_path.rglob("*"), *misbehaving.rglob("*"), *Path("/proc").glob("[0-9]*/cmdline")
+    with start(evaluating, *words, **shell, **others, TMPDIR=str(tmp_path)) as it:
+        environ = it.invoke({"do": "dict(os.environ)"})
+        files = *tmp_path.rglob("*"), *evaluating.rglob("*"), *Path("/proc").glob("[0-9]*/cmdline")
         written = b""
         for file in files:
             with contextlib.suppress(OSError):
@@ -169,7 +166,6 @@ def test_with_an_engine_it_runs_in_docker_confined_as_lambda_confines_a_function
     assert host["SecurityOpt"] == ["no-new-privileges"]
 
 
-@on_linux
 def test_it_can_be_started_by_a_link_by_sh_and_in_posix_mode_as_sh_is_on_macos(sample, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(sample / f"{NAME}.sh")
@@ -178,26 +174,16 @@ def test_it_can_be_started_by_a_link_by_sh_and_in_posix_mode_as_sh_is_on_macos(s
             assert "is in use" in last_line(run(*shell, link, "-p", server.getsockname()[1]))
 
 
-@pytest.fixture(scope="module")
-def podman(folder, engine):
-    """The environment where docker is podman, as Debian's podman-docker makes it; rootless but for root."""
-    (folder / "podman").mkdir()
-    (folder / "podman" / "docker").symlink_to(tool("podman"))
-    assert run("sh", "-c", f"docker save {first_base_image()} | podman load").returncode == 0
-    return {"PATH": f"{folder}/podman:{os.environ['PATH']}", "BASE_IMAGE": f"localhost/{first_base_image()}"}
-
-
 @pytest.mark.slow
-def test_podman_runs_the_sample_and_removes_its_container(podman, sample):
-    with running(sample, "--docker", **podman) as it:
+def test_docker_may_be_podman_rootless_but_for_root(sample, stand_in, engine, tmp_path):
+    (tmp_path / "docker").symlink_to(tool("podman"))
+    assert run("sh", "-c", f"docker save {first_base_image()} | podman load").returncode == 0
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASE_IMAGE": f"localhost/{first_base_image()}"}
+    with running(sample, "--docker", **environment) as it:
         assert it.invoke() == HELLO
         it.ends_cleanly()
     assert run("podman", "ps", "--all", "--quiet").stdout == ""
-
-
-@pytest.mark.slow
-def test_podman_runs_the_daemon_with_a_broker_of_this_machine_and_without_its_proxies(podman, sample, stand_in):
-    with running(sample, "--docker", LAMBDA_RUNTIME_API_DAEMON=stand_in, no_proxy="any", **podman) as it:
+    with running(sample, "--docker", LAMBDA_RUNTIME_API_DAEMON=stand_in, no_proxy="any", **environment) as it:
         environ = it.invoke(function=NAME)["environ"]
     assert environ["AMQP_URI"].startswith("amqp://host.containers.internal:5672")
     assert "no_proxy" not in environ

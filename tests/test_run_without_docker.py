@@ -7,10 +7,8 @@ import uuid
 
 import pytest
 from machine import PROGRAMS, need_namespaces, processes_of, wait_until
-from running import on_linux, running
-from sample import HELLO, NAME, RECEIVED, copy_sample, replace
-
-pytestmark = on_linux
+from running import running
+from sample import HELLO, NAME, copy_sample, replace
 
 
 @pytest.fixture
@@ -80,28 +78,24 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("installed_sample")
-def test_the_next_run_has_each_edit_and_installs_again_after_one_of_the_pins(copy):
-    replace(copy / "lambda_function.py", "Hello from", "Good morning from")
-    replace(copy / NAME / "extension.py", RECEIVED, "Saw event")
+def test_the_next_run_installs_again_after_an_edit_of_the_pins(copy):
     with running(copy, "--no-docker") as it:
         assert "installing" not in it.output
-        assert it.invoke()["body"] == '"Good morning from Lambda!"'
-        wait_until(lambda: "Saw event" in it.output)
     replace(copy / NAME / "requirements.txt", "requests==", "# changed\nrequests==")
     with running(copy, "--no-docker") as it:
         assert "installing" in it.output
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(misbehaving):
-    (misbehaving / "lambda_function.py").rename(misbehaving / "other.py")
-    replace(misbehaving / "Dockerfile", 'CMD ["lambda_function.lambda_handler"]', 'CMD [ "other.lambda_handler" ] ')
-    with running(misbehaving, "--no-docker") as it:
-        assert "template.yaml" in it.invoke({"list": "."})
-        assert {NAME, "extensions", *os.listdir("/opt")} <= {*it.invoke({"list": "/opt"})}
-        assert NAME in it.invoke({"list": "/opt/extensions"})
-        assert str(os.getpid()) not in it.invoke({"list": "/proc"})
-        assert it.invoke({"import": "pip"})["errorType"] == "ModuleNotFoundError"
+def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(evaluating):
+    (evaluating / "lambda_function.py").rename(evaluating / "other.py")
+    replace(evaluating / "Dockerfile", 'CMD ["lambda_function.lambda_handler"]', 'CMD [ "other.lambda_handler" ] ')
+    with running(evaluating, "--no-docker") as it:
+        assert "template.yaml" in it.invoke({"do": "os.listdir()"})
+        assert {NAME, "extensions", *os.listdir("/opt")} <= {*it.invoke({"do": "os.listdir('/opt')"})}
+        assert NAME in it.invoke({"do": "os.listdir('/opt/extensions')"})
+        assert str(os.getpid()) not in it.invoke({"do": "os.listdir('/proc')"})
+        assert it.invoke({"do": "__import__('pip')"})["errorType"] == "ModuleNotFoundError"
 
 
 @pytest.mark.usefixtures("installed_sample")

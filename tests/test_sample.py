@@ -71,14 +71,14 @@ def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared)
     assert re.search(rf"python3 -\S.* /opt/{NAME}/extension.py$", extension)  # the launcher has become it
 
 
-@pytest.mark.parametrize(("event", "answer", "reason"), [
-    ({"sleep": 60}, f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
-    ({"exit": 3}, "Runtime.ExitError", "ReleaseFail"),
+@pytest.mark.parametrize(("do", "answer", "reason"), [
+    ("time.sleep(60)", f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
+    ("os._exit(3)", "Runtime.ExitError", "ReleaseFail"),
 ])  # fmt: skip
-def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(start, misbehaving, event, answer, reason):
-    with start(misbehaving, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
-        assert it.invoke({"raise": "no"})["errorType"] == "ValueError"  # not a reason to restart
-        assert answer in str(it.invoke(event))
+def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(start, evaluating, do, answer, reason):
+    with start(evaluating, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
+        assert it.invoke({"do": "1 / 0"})["errorType"] == "ZeroDivisionError"  # not a reason to restart
+        assert answer in str(it.invoke({"do": do}))
         assert invoke_again(it, {"still": "here"}) == {"still": "here"}
         assert f'"shutdownReason": "{reason}"' in it.output
         wait_until(lambda: len(it.received) == 3)
@@ -99,9 +99,9 @@ def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_starts_again(
         assert it.output.count("Registered with ID") > 1
 
 
-def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, misbehaving):
-    with start(misbehaving) as it, ThreadPoolExecutor() as pool:
-        pool.submit(it.invoke, {"sleep": 5})
+def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, evaluating):
+    with start(evaluating) as it, ThreadPoolExecutor() as pool:
+        pool.submit(it.invoke, {"do": "time.sleep(5)"})
         wait_until(lambda: it.received)
         with contextlib.suppress(OSError, http.client.HTTPException):
             it.invoke()

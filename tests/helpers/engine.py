@@ -1,11 +1,10 @@
-"""The Docker engine: base images, the sample's image on each, and containers."""
+"""The Docker engine: base images, and the sample's image on each."""
 
-import contextlib
 import os
 import re
 
 import pytest
-from machine import ROOT, free_port, missing, post, run, tool, wait_until
+from machine import ROOT, missing, run, tool
 
 DEFAULT_BASE_IMAGE = re.search("(?m)^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text()).group(1)
 # On CI more than one, such as "debian:bookworm debian:trixie".
@@ -31,24 +30,6 @@ def build(folder, tag, base_image, *options):
     built = run("docker", "build", "--tag", name, "--build-arg", f"BASE_IMAGE={base_image}", *options, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return name
-
-
-@contextlib.contextmanager
-def container(image, *options):
-    """Runs the image as a container with those options of docker run, and invokes it; gives its name and the answer."""
-    port = free_port()
-    started = run("docker", "run", "--rm", "--detach", *options, "--publish", f"127.0.0.1:{port}:8080", image)
-    assert started.returncode == 0, started.stderr
-    name = started.stdout.strip()
-
-    def invoke():
-        with contextlib.suppress(OSError):
-            return post(f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations", timeout=60)
-
-    try:
-        yield name, wait_until(invoke, 60)
-    finally:
-        run("docker", "kill", name)
 
 
 @pytest.fixture(scope="session")

@@ -16,43 +16,32 @@ USERNAME, PASSWORD = "lambda", "secret word"
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs every attempt to connect
 
 
-class Broker:
-    """A broker that this machine and its containers reach at the same address."""
-
-    def __init__(self, container):
-        self.host = run("docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", container).stdout.strip()
-
-    def connect(self):
-        """A connection to it, a context manager."""
-        return pika.BlockingConnection(
-            pika.ConnectionParameters(self.host, credentials=pika.PlainCredentials(USERNAME, PASSWORD))
-        )
-
-    def is_up(self):
-        with contextlib.suppress(pika.exceptions.AMQPError), self.connect():
-            return True
-
-
-def rabbitmq_image():
-    """The name of the image, pulled, or made of Debian's package."""
-    (image,) = re.findall(r"image: (rabbitmq\S+)", (ROOT / "examples" / "compose.yaml").read_text())
-    if all(run("docker", *command, image).returncode != 0 for command in (["image", "inspect"], ["pull"])):
-        build(ROOT, image, first_base_image(), "--file", PROGRAMS / "rabbitmq.Dockerfile")
-    return image
+def connect(host):
+    """A connection to the broker, a context manager."""
+    credentials = pika.PlainCredentials(USERNAME, PASSWORD)
+    return pika.BlockingConnection(pika.ConnectionParameters(host, credentials=credentials))
 
 
 def invoke_by_amqp(host, *arguments):
-    """Runs the example client with the broker there."""
+    """Runs the example client."""
     uri = f"amqp://{USERNAME}:{PASSWORD.replace(' ', '%20')}@{host}"
     return run(sys.executable, ROOT / "examples" / "amqp_invoke.py", *arguments, env=os.environ | {"AMQP_URI": uri})
 
 
 @pytest.fixture(scope="session")
 def rabbitmq(engine):
-    """The broker."""
+    """The address of the broker for this machine and for containers."""
+    (image,) = re.findall(r"image: (rabbitmq\S+)", (ROOT / "examples" / "compose.yaml").read_text())
+    if all(run("docker", *command, image).returncode != 0 for command in (["image", "inspect"], ["pull"])):
+        build(ROOT, image, first_base_image(), "--file", PROGRAMS / "rabbitmq.Dockerfile")
     user = f"--env=RABBITMQ_DEFAULT_USER={USERNAME}", f"--env=RABBITMQ_DEFAULT_PASS={PASSWORD}"
-    container = run("docker", "run", "--rm", "--detach", *user, rabbitmq_image()).stdout.strip()
-    broker = Broker(container)
-    wait_until(broker.is_up, 60)
-    yield broker
+    container = run("docker", "run", "--rm", "--detach", *user, image).stdout.strip()
+    host = run("docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", container).stdout.strip()
+
+    def is_up():
+        with contextlib.suppress(pika.exceptions.AMQPError), connect(host):
+            return True
+
+    wait_until(is_up, 60)
+    yield host
     run("docker", "kill", container)

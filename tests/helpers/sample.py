@@ -44,9 +44,9 @@ def rename(sample, name):
     replace(sample / "Dockerfile", f"ARG EXTENSION={NAME}\n", f"ARG EXTENSION={name}\n")
 
 
-def misbehave(sample):
-    """Gives a copy a function that does to its environment what the event says; returns the copy."""
-    shutil.copy(PROGRAMS / "misbehaving_function.py", sample / "lambda_function.py")
+def evaluate(sample):
+    """Gives a copy a function that evaluates what its event says; returns the copy."""
+    shutil.copy(PROGRAMS / "evaluating_function.py", sample / "lambda_function.py")
     return sample
 
 
@@ -72,6 +72,6 @@ def copy(folder, sample):
 
 
 @pytest.fixture
-def misbehaving(copy):
-    """A copy of the sample that misbehaves as its events say."""
-    return misbehave(copy)
+def evaluating(copy):
+    """A copy of the sample whose function evaluates what its event says."""
+    return evaluate(copy)
