@@ -40,11 +40,8 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_DELETE = do_POST
 
-    def log_message(self, *_):
-        pass
 
-
-def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_and_add_the_layer(tmp_path, sample):
+def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_and_add_the_layer(tmp_path, copy):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AwsApi)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -56,12 +53,8 @@ def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_a
         (tmp_path / name).chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")} | CREDENTIALS
     environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "AWS_PAGER": ""}
-
-    commands = [
-        *code_blocks("docs/deploying.md", "With the AWS CLI"),
-        code_blocks("docs/deploying.md", "As a layer")[0],
-    ]
-    ran = run("bash", "-euo", "pipefail", "-c", "".join(commands), env=environment, cwd=sample)
+    commands = code_blocks("docs/deploying.md", "With the AWS CLI") + code_blocks("docs/deploying.md", "As a layer")[:1]
+    ran = run("bash", "-euo", "pipefail", "-c", "".join(commands), env=environment, cwd=copy)
     server.shutdown()
     assert ran.returncode == 0, ran.stdout + ran.stderr
     requests = iter([*(tmp_path / "docker.log").read_text().splitlines(), *server.asked, ran.stdout])

@@ -27,8 +27,7 @@ NOWHERE = "http://127.0.0.1:1/"
 @pytest.fixture
 def batching(extension, tmp_path):
     """The README's extension.py, with batches.py next to it."""
-    batches = FILES["batches.py"]
-    return variant(extension, tmp_path, {"batches.py": batches, "extension.py": README})
+    return variant(extension, tmp_path, {"batches.py": FILES["batches.py"], "extension.py": README})
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def events(*numbers, **more):
     return [invoke(str(number), **more) for number in range(*numbers)]
 
 
-def send(extension, url, events, prefix=()):
+def send(extension, url, events):
     """Runs it for these events and a shutdown, within seconds and little memory; returns what it logged."""
     peaks = []
 
@@ -50,7 +49,7 @@ def send(extension, url, events, prefix=()):
         peaks.append(it.memory("VmHWM"))
         connection.sendall(SHUTDOWN)
 
-    with ExtensionsApiServer([*events, shutdown]) as api, started(extension, api, prefix, COLLECTOR_URL=url) as it:
+    with ExtensionsApiServer([*events, shutdown]) as api, started(extension, api, COLLECTOR_URL=url) as it:
         assert (it.wait(8), it.err) == (0, "")
         assert peaks[0] < 100_000
         assert TOKEN not in it.out
