@@ -126,10 +126,10 @@ def test_an_event_that_is_refused_or_not_sent_as_documented(extension, before, r
 
 
 def test_an_unknown_event_type(extension):
-    with ExtensionsApiServer([answer(body={"eventType": "HIBERNATE\x1b"}), invoke("after"), SHUTDOWN]) as api:
+    with ExtensionsApiServer([answer(body={"eventType": "\x1b" + 100 * "x"}), invoke("after"), SHUTDOWN]) as api:
         status, stdout, _ = end_of(extension, api)
     assert status == 0
-    assert f"[{NAME}] Ignored an unknown event: 'HIBERNATE\\x1b'\n" in stdout
+    assert f"[{NAME}] Ignored an unknown event: '\\x1b{99 * 'x'}'\n" in stdout
     assert '"requestId": "after"' in stdout
 
 
@@ -227,11 +227,14 @@ def stops(it, signum=signal.SIGTERM, seconds=20):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_waiting(extension, before, signum):
-    with ExtensionsApiServer([*before, hangs]) as api, started(extension, api) as it:
+def test_a_signal_while_waiting(obedient, before, signum):
+    another_one = f"os.kill(os.getpid(), {signum:d})"
+    with ExtensionsApiServer([*before, hangs]) as api, started(obedient, api, AT_SHUTDOWN=another_one) as it:
         wait_until(lambda: len(api.asked("event/next")) == len(before) + 1)
+        begin = time.time()
         stops(it, signum, 1)  # not only when the time for a shutdown is over
-        assert f'"shutdownReason": "{signum.name}", "deadlineMs": ' in it.out
+        deadline = re.search(f'"shutdownReason": "{signum.name}", "deadlineMs": (\\d+)', it.out).group(1)
+        assert begin + 1.5 <= int(deadline) / 1000 + 0.001 <= time.time() + 1.501
 
 
 @pytest.mark.parametrize("environment", [{}, {"AT_INIT": "log('Begun'); time.sleep(1)"}])
