@@ -63,7 +63,7 @@ SUCCESSES = {
 }
 # What it does with others, and the reason in the log.
 FAILURES = {
-    "refuses": (answer(503), "status 503"),
+    **{f"answers {status}": (answer(status), f"status {status}") for status in (408, 429, 500)},
     "redirects": (answer(302, Location="/elsewhere"), "status 302"),
     "redirects to half an address": (answer(302, Location="http://["), "status 302"),
     "redirects with a bomb": (lambda connection: connection.sendall(bomb(302)), "status 302"),
