@@ -7,6 +7,7 @@ import sys
 import pytest
 from machine import ROOT, run
 from pages import PAGES, rows
+from sample import NAME
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -28,6 +29,11 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
     table = PAGES["README.md"].partition("## Run it")[0]
     for name, *cells in rows(table[table.index("| | no extension |") :]):
         assert cells == [measured[name][column] for column in columns], name
+
+
+def test_the_options_are_those_of_the_script():
+    options = run(ROOT / f"{NAME}.sh", "--help").stdout.splitlines()[0].partition(".sh ")[2]
+    assert f".sh {options}\n" in PAGES["docs/running-locally.md"]
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_boto3_gets_hello_from_lambda(shared, monkeypatch):
 def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared):
     assert all(shared.invoke() == HELLO for _ in range(100))
     wait_until(lambda: shared.received == re.findall(r"(?m)^START RequestId: (\S+)", shared.output))
-    assert shared.output.count("Registered with ID") == 1
+    assert shared.output.count("Launching extension") == shared.output.count("Registered with ID") == 1
     if start.option == "--docker":
         commands = run("docker", "top", shared.container, "-eo", "pid,args").stdout.splitlines()
     else:

@@ -193,10 +193,13 @@ class TelemetryApi(ExtensionsApiServer):
         assert (request.method, request.headers["Lambda-Extension-Identifier"]) == ("PUT", IDENTIFIER)
         return request.json
 
+    @property
+    def uri(self):
+        return self.subscription["destination"]["URI"]
+
     def deliver(self, records):
         """Posts records to the extension."""
-        address = self.subscription["destination"]["URI"].replace("sandbox.localdomain", "127.0.0.1")
-        post(address, json.dumps(records).encode())
+        post(self.uri.replace("sandbox.localdomain", "127.0.0.1"), json.dumps(records).encode())
 
 
 def records_of(number):
@@ -249,11 +252,13 @@ def test_managed_instances_need_no_invoke_event(shipping):
             api.deliver(records_of(1))
             wait_until(lambda: len(collector.records) == 4)
     assert [request.json for request in api.asked("register")] == [{"events": ["SHUTDOWN"]}]
-    assert (api.subscription["schemaVersion"], api.subscription["types"]) == ("2025-01-29", ["platform", "function"])
+    assert api.subscription == {"schemaVersion": "2025-01-29", "types": ["platform", "function"],
+        "buffering": {"timeoutMs": 25}, "destination": {"protocol": "HTTP", "URI": api.uri}}  # fmt: skip
 
 
-def test_without_a_telemetry_api_it_says_so_and_goes_on(shipping):
-    with Collector(answer()) as collector, TelemetryApi([invoke(), SHUTDOWN], 202) as api:
+@pytest.mark.parametrize("status", [202, 404])
+def test_without_a_telemetry_api_it_says_so_and_goes_on(shipping, status):
+    with Collector(answer()) as collector, TelemetryApi([invoke(), SHUTDOWN], status) as api:
         code, stdout, stderr = end_of(shipping, api, COLLECTOR_URL=collector.url)
     assert (code, stderr, collector.requests) == (0, "", [])
     assert stdout.count("Ships no logs") == len(stdout.splitlines()) - 1 == 1
