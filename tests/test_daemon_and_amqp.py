@@ -174,6 +174,7 @@ def function(rabbitmq):
 def test_the_client_prints_its_own_answer(rabbitmq, function, arguments, event, expiration):
     ran = function.submit(invoke_by_amqp, rabbitmq, function.queue, *arguments)
     request, body = function.request()
+    assert request.reply_to.startswith("amq.gen-")  # a name that no other client has
     assert (body, request.content_type, request.expiration) == (event, "application/json", expiration)
     function.answer(request, b"the answer")
     assert (ran.result().returncode, ran.result().stdout) == (0, "the answer\n")
@@ -191,9 +192,11 @@ def test_one_channel_serves_several_invocations_and_leaves_no_queue(rabbitmq, fu
                 connection.channel().queue_declare(request.reply_to, passive=True)
 
 
-def test_what_others_send_does_not_extend_the_wait(rabbitmq, function):
+def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, function):
     ran = function.submit(invoke_by_amqp, rabbitmq, function.queue, "--timeout", "1")
     request, _ = function.request()
+    with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="RESOURCE_LOCKED"):
+        function.channel.connection.channel().basic_get(request.reply_to)
     for _ in range(30):
         function.channel.basic_publish("", request.reply_to, b"wrong")
         time.sleep(0.1)

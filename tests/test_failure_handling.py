@@ -43,7 +43,8 @@ def test_aws_lambda_runtime_api_missing_or_malformed(extension, address):
 
 @pytest.mark.parametrize("address", ["no..host:9001", "127.0.0.1:99999", "127.0.0.1:1"])
 def test_aws_lambda_runtime_api_wrong(extension, address):
-    fails(extension, address, f"] POST http://{address}/2020-01-01/extension/register: ")
+    line = fails(extension, address, f"] POST http://{address}/2020-01-01/extension/register: ")
+    assert re.search(r"/register: \w+Error: \S", line)
 
 
 def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(extension, tmp_path):
