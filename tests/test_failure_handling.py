@@ -239,13 +239,16 @@ def test_a_signal_while_waiting(obedient, before, signum):
         assert begin + 1.5 <= int(deadline) / 1000 + 0.001 <= time.time() + 1.501
 
 
-@pytest.mark.parametrize("environment", [{}, {"AT_INIT": "log('Begun'); time.sleep(1)"}])
-def test_a_signal_while_your_code_runs(obedient, environment):
-    with ExtensionsApiServer([invoke(do="log('Begun'); time.sleep(1)")]) as api:
-        with started(obedient, api, **environment) as it:
-            wait_until(lambda: "Begun" in it.out)
-            stops(it)
-        assert len(api.asked("event/next")) == (0 if environment else 1)
+@pytest.mark.parametrize("where", ["process", "init"])
+def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
+    code = f"log('Begun')\nwhile not os.path.exists('{tmp_path}/end'): time.sleep(0.01)"
+    events, environment = ([invoke(do=code)], {}) if where == "process" else ([], {"AT_INIT": code})
+    with ExtensionsApiServer(events) as api, started(obedient, api, **environment) as it:
+        wait_until(lambda: "Begun" in it.out)
+        it.terminate()
+        (tmp_path / "end").touch()
+        stops(it)
+        assert len(api.asked("event/next")) == len(events)
 
 
 @pytest.mark.parametrize("do", ["time.sleep(60)", "os.system('sleep 3')"])
