@@ -16,7 +16,6 @@ from machine import wait_until
 from sample import NAME
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
-
 PARTS = st.sampled_from(
     [b"HTTP/1.1 302 Found", b"HTTP/1.1 204 None", b"HTTP/1.1 100 Continue", b"HTTP/1.1 99999 Many", b"HTTP/9 200",
      b"Location: http://[", b"Location: http://a..b/", b"Location: \xff\xfe", b"Content-Length: 1" + b"0" * 30,

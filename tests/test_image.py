@@ -18,7 +18,6 @@ from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
 
 ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
 (COPY,) = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
-
 RENAMED = "renamed-extension"
 
 

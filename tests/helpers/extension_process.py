@@ -1,6 +1,5 @@
 """The extension as a process, with its dependencies but without Lambda."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -28,15 +27,12 @@ class ExtensionProcess(Logged):
         return int(re.search(rf"{figure}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text()).group(1))
 
 
-@contextlib.contextmanager
 def started(extension, api, prefix=(), **environment):
     """Starts the extension as its launcher does, against that API (a server, an address as str, or None)."""
     environment = {"PATH": os.environ["PATH"]} | environment
     if api:
         environment["AWS_LAMBDA_RUNTIME_API"] = getattr(api, "address", api)
-    with ExtensionProcess([*prefix, *PYTHON, extension], env=environment, cwd="/") as it:
-        yield it
-        it.kill()
+    return ExtensionProcess([*prefix, *PYTHON, extension], env=environment, cwd="/")
 
 
 def end_of(extension, api, prefix=(), **environment):

@@ -62,6 +62,10 @@ class Logged(subprocess.Popen):
         self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 - Docker would mix lines in one
         super().__init__([*map(str, command)], stdout=self._files[0], stderr=self._files[1], **options)
 
+    def __exit__(self, *error):
+        self.kill()  # it may still run, also when its test has failed, and would be waited for
+        super().__exit__(*error)
+
     out = property(lambda self: Path(self._files[0].name).read_text())
     err = property(lambda self: Path(self._files[1].name).read_text())
     output = property(lambda self: self.out + self.err)
