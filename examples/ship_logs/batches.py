@@ -28,7 +28,7 @@ class Batches:
         self._url = os.environ.get("COLLECTOR_URL", "")
         if not self._url.startswith(("http://", "https://")):
             raise SystemExit("COLLECTOR_URL must be an http:// or https:// URL")
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch).start()
 
     def add(self, record):
         """Adds a record: anything that JSON can hold. Any thread may call this."""
@@ -65,7 +65,7 @@ class Batches:
             if self._unsent and (final or ((is_late or is_full) and len(self._attempts) < ATTEMPTS)):
                 self._tried, self._last = self._added, time.time()
                 # A thread can be left alone: DNS, dead addresses and answers that drip take longer than any timeout.
-                self._attempts.append(threading.Thread(target=self._post, args=[list(self._unsent)], daemon=True))
+                self._attempts.append(threading.Thread(target=self._post, args=[list(self._unsent)]))
                 self._attempts[-1].start()
 
     def _post(self, unsent):

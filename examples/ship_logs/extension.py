@@ -37,7 +37,7 @@ def init():
     except ExtensionsApiError as error:
         status = error
     if status == 200:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever).start()
         subscribed.set()
     else:  # AWS's emulator answers 202 NotSupported, others 404
         server.server_close()
