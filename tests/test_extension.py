@@ -1,7 +1,4 @@
-"""The extension as a process, with an Extensions API that the test controls.
-
-FUZZ_CASES=5000 ./tests/run.sh -k responses tries more responses than the few hundred of an ordinary run.
-"""
+"""The extension as a process, with an Extensions API that the test controls."""
 
 import importlib
 import json
@@ -15,7 +12,7 @@ from hypothesis import strategies as st
 from machine import wait_until
 from sample import NAME
 
-CASES = int(os.environ.get("FUZZ_CASES", "300"))
+CASES = int(os.environ.get("FUZZ_CASES", "300"))  # to try more: FUZZ_CASES=5000 ./tests/run.sh -k responses
 PARTS = st.sampled_from(
     [b"HTTP/1.1 302 Found", b"HTTP/1.1 204 None", b"HTTP/1.1 100 Continue", b"HTTP/1.1 99999 Many", b"HTTP/9 200",
      b"Location: http://[", b"Location: http://a..b/", b"Location: \xff\xfe", b"Content-Length: 1" + b"0" * 30,

@@ -149,5 +149,11 @@ def test_the_layer_holds_the_extension_and_its_launcher_for_any_cpu_with_bytecod
         assert compiled.startswith(importlib.util.MAGIC_NUMBER + unchecked_hash)
 
 
+def test_no_layer_and_no_folder_is_left_when_pip_refuses_a_dependency(copy, tmp_path):
+    replace(copy / NAME / "requirements.txt", "--hash=", "# ")
+    made = run(copy / "scripts" / "build-layer", env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert (made.returncode, os.listdir(tmp_path), (copy / "layer.zip").exists()) == (1, [], False)
+
+
 def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
     runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)

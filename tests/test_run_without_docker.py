@@ -69,7 +69,7 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
     # pip asks rustc for its version, and rustup then writes its settings.
     path = ":".join(folder for folder in os.environ["PATH"].split(":") if not os.path.exists(f"{folder}/rustc"))
     environment = {f"PIP_{name}": value for name, value in settings.items()} | {"HOME": str(tmp_path), "PATH": path}
-    with running(fresh, "--no-docker", TMPDIR=str(tmp_path), **environment) as it:
+    with running(fresh, "--no-docker", TMPDIR=str(tmp_path), PYTHONHOME="/no", **environment) as it:
         assert it.invoke() == HELLO
         assert not os.path.exists(f"/opt/{NAME}")
         assert (fresh / ".run").stat().st_mode & 0o777 == 0o700

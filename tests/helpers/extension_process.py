@@ -22,10 +22,6 @@ class ExtensionProcess(Logged):
         """The types of the events that process() got."""
         return re.findall(r'Received event: {"eventType": "(\w+)"', self.out)
 
-    def memory(self, figure="VmRSS"):
-        """A figure of its memory, in KB."""
-        return int(re.search(rf"{figure}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text()).group(1))
-
 
 def started(extension, api, prefix=(), **environment):
     """Starts the extension as its launcher does, against that API (a server, an address as str, or None)."""
