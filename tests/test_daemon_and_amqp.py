@@ -108,7 +108,7 @@ def test_an_extension_that_dies_at_its_start_or_with_an_event_is_started_again(s
             with contextlib.suppress(OSError):  # the invocation that started it gets no answer
                 return it.invoke(function=NAME, timeout=5)
 
-        wait_until(lambda: answer() == HELLO, 60)
+        wait_until(lambda: answer() == HELLO and it.received, 60)
 
 
 @pytest.mark.parametrize("name", ["compose", "kubernetes"])

@@ -52,9 +52,8 @@ def send(extension, url, events):
         connection.sendall(SHUTDOWN)
 
     with ExtensionsApiServer([*events, shutdown]) as api, started(extension, api, COLLECTOR_URL=url) as it:
-        assert (it.wait(8), it.err) == (0, "")
+        assert (it.wait(8), it.err, TOKEN in it.out) == (0, "", False)
         assert int(*peaks) < 100_000
-        assert TOKEN not in it.out
         return it.out
 
 
@@ -98,11 +97,13 @@ def test_a_batch_that_is_refused_keeps_no_other_one_from_arriving(batching):
     assert ids(collector.requests[1].json) == ids_of(100, 150)
 
 
-def test_a_record_that_is_too_large_drops_itself_alone(batching):
+@pytest.mark.parametrize(("size", "numbers", "dropped"), [(1_000_000, (10, 20), 11), (1_000_001, (0, 20), 1)])
+def test_a_megabyte_drops_all_older_records_and_a_larger_record_itself_alone(size, numbers, dropped, batching):
+    more = (size - len(invoke("large", more="").partition(b"\r\n\r\n")[2])) * "x"
     with Collector(answer()) as collector:
-        log = send(batching, collector.url, [*events(10), invoke("large", more=1_000_000 * "x"), *events(10, 20)])
-    assert ids(collector.records) == ids_of(20)
-    assert "; 1 older ones dropped" in log
+        log = send(batching, collector.url, [*events(10), invoke("large", more=more), *events(10, 20)])
+    assert ids(collector.records) == ids_of(*numbers)
+    assert f"; {dropped} older ones dropped" in log
 
 
 def recovering(collector, failures):
@@ -131,9 +132,9 @@ def test_the_newest_records_arrive_after_a_long_failure_and_the_log_counts_the_o
     assert max(int(request.headers["Content-Length"]) for request in collector.requests) <= 1_000_001
 
 
-@pytest.mark.parametrize("address", ["[", "a..b", ":80"])
+@pytest.mark.parametrize("address", ["http://[", "http://a..b", "https://:80"])
 def test_no_url_ends_the_extension(address, batching):
-    assert "51 records not sent yet: " in send(batching, f"http://{address}/{TOKEN}", events(50))
+    assert "51 records not sent yet: " in send(batching, f"{address}/{TOKEN}", events(50))
 
 
 @pytest.mark.parametrize("environment", [{}, {"COLLECTOR_URL": ""}, {"COLLECTOR_URL": f"collector/{TOKEN}"}])
@@ -171,7 +172,7 @@ def test_an_invocation_does_not_reach_its_deadline_for_a_collector_that_hangs(ba
     asks_again = lambda connection: (seen.append(time.time()), connection.sendall(invoke()))  # noqa: E731
     with Collector(hangs) as collector:
         send(batching, collector.url, [*events(99), hurried, asks_again])
-    assert seen[1] - seen[0] < 0.9
+    assert 0.39 < seen[1] - seen[0] < 0.9
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A real RabbitMQ, the one of examples/compose.yaml, and the example client of the functions behind it."""
 
 import contextlib
-import logging
 import os
 import re
 import sys
@@ -12,8 +11,6 @@ from engine import build, first_base_image
 from machine import PROGRAMS, ROOT, run, wait_until
 
 USERNAME, PASSWORD = "lambda", "secret word"
-
-logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs every attempt to connect
 
 
 def connect(host):
