@@ -167,7 +167,7 @@ def test_with_an_engine_it_runs_in_docker_confined_as_lambda_confines_a_function
 
 def test_it_can_be_started_by_a_link_by_sh_and_in_posix_mode_as_sh_is_on_macos(sample, tmp_path):
     link = tmp_path / "link"
-    link.symlink_to(sample / f"{NAME}.sh")
+    link.symlink_to(os.path.relpath(sample / f"{NAME}.sh", tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as server:
         for shell in [], ["sh"], ["bash", "--posix"]:
             assert "is in use" in last_line(run(*shell, link, "-p", server.getsockname()[1]))
