@@ -52,7 +52,7 @@ def send(extension, url, events):
         connection.sendall(SHUTDOWN)
 
     with ExtensionsApiServer([*events, shutdown]) as api, started(extension, api, COLLECTOR_URL=url) as it:
-        assert (it.wait(8), it.err, TOKEN in it.out) == (0, "", False)
+        assert (it.wait(20), it.err, TOKEN in it.out) == (0, "", False)
         assert int(*peaks) < 100_000
         return it.out
 
