@@ -109,7 +109,7 @@ finish() {
     remove_dead_links
 } >/dev/null 2>&1
 trap finish EXIT
-trap 'finish; exit 0' INT TERM HUP QUIT # finish first: during exit's trap another signal would exit at once
+trap 'finish; trap - EXIT; exit 0' INT TERM HUP QUIT # not in EXIT's trap, which another signal would cut short
 
 run_in_docker() {
     # Another builder than the engine's own may keep the image to itself.
