@@ -44,7 +44,8 @@ def test_aws_lambda_runtime_api_missing_or_malformed(extension, address):
 @pytest.mark.parametrize(("address", "reason"), [("no..host:9001", "Unicode"), ("127.0.0.1:99999", ""),
     ("127.0.0.1:1", "ConnectionRefusedError: [Errno 111] Connection refused\n")])  # fmt: skip
 def test_aws_lambda_runtime_api_wrong(extension, address, reason):
-    fails(extension, address, f"] POST http://{address}/2020-01-01/extension/register: {reason}")
+    line = fails(extension, address, f"] POST http://{address}/2020-01-01/extension/register: {reason}")
+    assert re.search(r"/register: \w+Error: \S", line)
 
 
 def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(extension, tmp_path):

@@ -43,8 +43,8 @@ def events(*numbers, **more):
     return [invoke(str(number), **more) for number in range(*numbers)]
 
 
-def send(extension, url, events):
-    """Runs it for these events and a shutdown, within seconds and little memory; returns what it logged."""
+def send(extension, url, events, seconds=8):
+    """Runs it for these events and a shutdown, within these seconds and little memory; returns what it logged."""
     peaks = []
 
     def shutdown(connection):
@@ -52,7 +52,7 @@ def send(extension, url, events):
         connection.sendall(SHUTDOWN)
 
     with ExtensionsApiServer([*events, shutdown]) as api, started(extension, api, COLLECTOR_URL=url) as it:
-        assert (it.wait(20), it.err, TOKEN in it.out) == (0, "", False)
+        assert (it.wait(seconds), it.err, TOKEN in it.out) == (0, "", False)
         assert int(*peaks) < 100_000
         return it.out
 
@@ -125,7 +125,7 @@ def test_an_array_has_500_records_at_most(batching):
 
 def test_the_newest_records_arrive_after_a_long_failure_and_the_log_counts_the_others(hasty):
     with Collector(answer(503)) as collector:
-        log = send(hasty, collector.url, [*events(1000, more=10_000 * "x"), recovering(collector, 4)])
+        log = send(hasty, collector.url, [*events(1000, more=10_000 * "x"), recovering(collector, 4)], seconds=20)
     assert sum(map(int, re.findall(r"; (\d+) older ones dropped", log))) > 800
     arrived = [record for request in collector.requests[3:] for record in request.json]
     assert ids(arrived)[-90:] == ids_of(912, 1001)
