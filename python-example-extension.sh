@@ -104,7 +104,7 @@ finish() {
     trap '' INT TERM HUP QUIT
     set +e
     end_job
-    wait "$job"
+    while kill -0 "$job"; do wait "$job"; done # a signal from before may cut one wait short
     rm -rf "$run"
     remove_dead_links
 } >/dev/null 2>&1
