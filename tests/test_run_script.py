@@ -67,8 +67,8 @@ def test_what_cannot_run_without_docker_is_said(sample, tmp_path, command, progr
     ("echo Client; echo permission denied >&2; exit 1", {}, "no Docker engine answers: permission denied"),
     ("[ $1 = version ]", {"BASE_IMAGE": "no/image"}, "the base image no/image cannot be pulled"),
 ])  # fmt: skip
-def test_only_without_docker_option_does_it_fall_back_and_say_why(sample, tmp_path, docker, environment, reason):
-    environment = environment | {"PATH": path_with(tmp_path, "docker", docker)}
+def test_only_without_docker_option_does_it_fall_back_and_say_why(sample, folder, docker, environment, reason):
+    environment = environment | {"PATH": path_with(folder / "bin", "docker", docker)}
     with running(sample, **environment) as it:
         assert f"without Docker, on this machine: {reason}" in it.output
         assert it.invoke() == HELLO
