@@ -77,27 +77,28 @@ CDPATH='' cd "$(dirname "$self")"
 : "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:=$(sed -n 's/^ *MemorySize: //p' template.yaml)}"
 
 # --- What this script starts ends with it -----------------------------------------------------------------------------
-# Runs a command to its end, in a process group of its own, which no Ctrl-C reaches.
+# This script alone holds descriptor 3. When it is killed, whoever reads from 4 learns it.
+lifeline=$(mktemp -u)
+mkfifo -m 600 "$lifeline" && exec 3<>"$lifeline" && exec 4<"$lifeline" && rm "$lifeline"
+
+# Runs a command to its end, in a process group of its own, which no Ctrl-C reaches. A watcher ends it if need be.
 await() {
-    exec 3>&-
+    kill -- "-$job" 2>/dev/null || : # the watcher of the job before
     set -m
-    "$@" &
+    (
+        job=$(exec sh -c 'echo $PPID') # macOS's bash has no BASHPID
+        (read -r || end_job) <&4 >/dev/null 2>&1 &
+        exec "$@" 4<&-
+    ) 3>&- &
     job=$!
-    # When this script is killed, descriptor 3 closes.
-    exec 3> >(
-        set -m
-        (read -r || end_job) <&0 >/dev/null 2>&1 &
-    )
     set +m
     wait "$job"
 }
 
 end_job() {
-    if [ -z "$container" ]; then
-        kill -- "-$job"
-    else # nothing can stop it before it is created
-        while kill -0 "$job" && ! docker stop -t 2 "$container"; do sleep 0.1; done
-    fi
+    [ -n "$container" ] || kill -- "-$job"
+    # Nothing can stop a container before it is created.
+    while [ -n "$container" ] && kill -0 "$job" && ! docker stop -t 2 "$container"; do sleep 0.1; done
 }
 
 finish() {
@@ -138,6 +139,7 @@ run_in_docker() {
     await docker run --rm --name "$container" --pull never "${options[@]}" \
         "${passed[@]/#/--env=}" ${assigned[@]+"${assigned[@]/#/--env=}"} "$name" ||
         fail "the container ended with status $?; see its output above"
+    exit
 }
 
 # Says how to invoke the function, and exports its variables.
@@ -239,10 +241,7 @@ if [ "$way" != --no-docker ]; then
     elif ! docker image inspect "$BASE_IMAGE" >/dev/null 2>&1 && ! await docker pull "$BASE_IMAGE" >&2; then
         obstacle="the base image $BASE_IMAGE cannot be pulled; set BASE_IMAGE to a local image"
     fi
-    if [ -z "$obstacle" ]; then
-        run_in_docker
-        exit
-    fi
+    [ -n "$obstacle" ] || run_in_docker
     [ -z "$way" ] || fail "$obstacle; on Linux, --no-docker runs without it"
     say "running without Docker, on this machine: $obstacle"
 fi

@@ -114,15 +114,18 @@ def test_it_kills_what_ignores_the_signal_and_no_further_signal_interrupts_that(
         wait_until(lambda: is_gone(it, copy), 1)
 
 
-def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder(start, copy):
+def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder(start, copy, tmp_path):
     with start(copy) as it:
         it.invoke()
         os.killpg(it.pid, signal.SIGKILL)
         wait_until(lambda: is_gone(it, copy, folders=1))
+    trap = tmp_path / "bash_env"  # what bash reads first; with this, it is killed when its job has just started
+    trap.write_text("set -T; trap 'case $BASH_COMMAND${1-} in job=?!docker | job=?!timeout) kill -9 -$$ ;; esac' DEBUG")
+    with start(copy, wait=False, BASH_ENV=str(trap)) as it:
+        wait_until(lambda: is_gone(it, copy, folders=1))
     with start(copy) as it:
         assert it.invoke() == HELLO
-        it.stop()
-        wait_until(lambda: is_gone(it, copy), 1)
+    wait_until(lambda: is_gone(it, copy), 1)
 
 
 def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywhere(start, evaluating, tmp_path):

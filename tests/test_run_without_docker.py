@@ -19,8 +19,7 @@ def fresh(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("seconds", [0.2, 1.5])
+@pytest.mark.parametrize(("signum", "seconds"), [(signal.SIGINT, 0.2), (signal.SIGKILL, 1.5)])
 def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_works(fresh, signum, seconds):
     with running(fresh, "--no-docker", wait=False) as it:
         wait_until(lambda: list(fresh.glob(".run/run.*")))

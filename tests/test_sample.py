@@ -114,7 +114,6 @@ def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, eval
 
 
 def test_renamed_files_and_one_line_make_it_another_extension(start, copy):
-    """As the README says under "Make it your own"."""
     rename(copy, "my-extension")
     replace(copy / "my-extension" / "extension.py", RECEIVED, "My own code got")
     with start(copy, script="my-extension.sh") as it:
