@@ -77,11 +77,11 @@ CDPATH='' cd "$(dirname "$self")"
 : "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:=$(sed -n 's/^ *MemorySize: //p' template.yaml)}"
 
 # --- What this script starts ends with it -----------------------------------------------------------------------------
-# This script alone holds descriptor 3. When it is killed, whoever reads from 4 learns it.
+# This script alone holds descriptor 3, so descriptor 4 reads to an end when it is killed.
 lifeline=$(mktemp -u)
 mkfifo -m 600 "$lifeline" && exec 3<>"$lifeline" && exec 4<"$lifeline" && rm "$lifeline"
 
-# Runs a command to its end, in a process group of its own, which no Ctrl-C reaches. A watcher ends it if need be.
+# Runs a command to its end, in a process group of its own, which no Ctrl-C reaches; a watcher ends it when this script is killed.
 await() {
     kill -- "-$job" 2>/dev/null || : # the watcher of the job before
     set -m
