@@ -81,7 +81,7 @@ CDPATH='' cd "$(dirname "$self")"
 lifeline=$(mktemp -u)
 mkfifo -m 600 "$lifeline" && exec 3<>"$lifeline" && exec 4<"$lifeline" && rm "$lifeline"
 
-# Runs a command to its end, in a process group of its own, which no Ctrl-C reaches; a watcher ends it when this script is killed.
+# Runs a command to its end, in a process group that no Ctrl-C reaches; a watcher ends it when this script is killed.
 await() {
     kill -- "-$job" 2>/dev/null || : # the watcher of the job before
     set -m
