@@ -241,7 +241,7 @@ if [ "$way" != --no-docker ]; then
     elif ! docker image inspect "$BASE_IMAGE" >/dev/null 2>&1 && ! await docker pull "$BASE_IMAGE" >&2; then
         obstacle="the base image $BASE_IMAGE cannot be pulled; set BASE_IMAGE to a local image"
     fi
-    [ -n "$obstacle" ] || run_in_docker
+    [ -n "$obstacle" ] || run_in_docker # and exit
     [ -z "$way" ] || fail "$obstacle; on Linux, --no-docker runs without it"
     say "running without Docker, on this machine: $obstacle"
 fi

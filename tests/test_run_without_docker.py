@@ -6,7 +6,7 @@ import time
 import uuid
 
 import pytest
-from machine import PROGRAMS, need_namespaces, processes_of, wait_until
+from machine import PROGRAMS, processes_of, wait_until
 from running import running
 from sample import HELLO, NAME, copy_sample, replace
 
@@ -14,12 +14,12 @@ from sample import HELLO, NAME, copy_sample, replace
 @pytest.fixture
 def fresh(folder):
     """A copy of the sample that was never run."""
-    need_namespaces()
     return copy_sample(folder / uuid.uuid4().hex)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "seconds"), [(signal.SIGINT, 0.2), (signal.SIGKILL, 1.5)])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
 def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_works(fresh, signum, seconds):
     with running(fresh, "--no-docker", wait=False) as it:
         wait_until(lambda: list(fresh.glob(".run/run.*")))
