@@ -4,5 +4,8 @@ import json
 
 
 def lambda_handler(event, context):
-    """Answers any event (dict) with a dict of HTTP status and JSON body, as API Gateway's proxy integration expects."""
+    """Answers any event (dict) with a dict of HTTP status and JSON body.
+
+    API Gateway's proxy integration expects that.
+    """
     return {"statusCode": 200, "body": json.dumps("Hello from Lambda!")}

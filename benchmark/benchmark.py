@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Measures what an extension costs: this one, others, the least that Python can do, and none, in turn.
+"""Measures what an extension costs: this one, others, the least that Python can do, and none.
 
-It needs Linux, root for mounts and a cgroup, and what the run script needs. LAMBDA_RUNTIME_API_DAEMON, the path of the
-Lambda Runtime API Daemon, adds the first answer under it: like Lambda it answers when the function is done, while AWS's
-emulator waits for the extension, too.
+They take turns. It needs Linux, root for mounts and a cgroup, and what the run script needs.
+LAMBDA_RUNTIME_API_DAEMON, the path of the Lambda Runtime API Daemon, adds the first answer under
+it: like Lambda it answers when the function is done, while AWS's emulator waits for the extension,
+too.
 """
 
 import argparse
@@ -40,13 +41,16 @@ def extension_process(api):
     """The extension that uses that Runtime API, as its folder in /proc, or None."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            variables, command = [(process / file).read_text().split("\0") for file in ("environ", "cmdline")]
-            if f"AWS_LAMBDA_RUNTIME_API={api}" in variables and any(word.startswith("/opt/") for word in command):
+            variables = (process / "environ").read_text().split("\0")
+            command = (process / "cmdline").read_text().split("\0")
+            is_extension = any(word.startswith("/opt/") for word in command)
+            if is_extension and f"AWS_LAMBDA_RUNTIME_API={api}" in variables:
                 return process
 
 
 def cpu_microseconds(process):
-    return sum(int(thread.read_text().split()[0]) for thread in process.glob("task/*/schedstat")) / 1e3
+    threads = process.glob("task/*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e3
 
 
 def measure(opt, emulator, environment, limit, invocations):
@@ -55,17 +59,21 @@ def measure(opt, emulator, environment, limit, invocations):
     for cgroup, where in (None, ""), (limit, f" with {CORES} of a core"):
         with running(emulator, opt, environment, cgroup) as (connection, api, log):
             first = milliseconds(connection)
-            figures[f"init{where}, ms"] = float(re.search(r"INIT REPORT\(durationMs: ([\d.]+)", log.read_text())[1])
+            init = re.search(r"INIT REPORT\(durationMs: ([\d.]+)", log.read_text())[1]
+            figures[f"init{where}, ms"] = float(init)
             figures[f"first answer{where}, ms"] = first
             if not cgroup:
                 for _ in range(50):
                     milliseconds(connection)
                 process = extension_process(api)
                 before = process and cpu_microseconds(process)
-                figures[WARM] = statistics.median(milliseconds(connection) for _ in range(invocations))
+                times = [milliseconds(connection) for _ in range(invocations)]
+                figures[WARM] = statistics.median(times)
                 if process:
-                    figures["CPU per event, µs"] = (cpu_microseconds(process) - before) / invocations
-                    figures["RSS, MiB"] = int(re.search(r"VmRSS:\s+(\d+)", (process / "status").read_text())[1]) / 1024
+                    used = cpu_microseconds(process) - before
+                    figures["CPU per event, µs"] = used / invocations
+                    kibibytes = re.search(r"VmRSS:\s+(\d+)", (process / "status").read_text())[1]
+                    figures["RSS, MiB"] = int(kibibytes) / 1024
         if daemon:
             with running(Path(daemon).resolve(), opt, environment, cgroup) as (connection, *_):
                 figures[f"first answer under the Daemon{where}, ms"] = milliseconds(connection)
@@ -82,7 +90,10 @@ def count_connections(opt, environment, events):
 
 
 def table(results, reference):
-    """Results, {extension: [{figure: value}]}, in Markdown: median [lowest–highest] ×ratio to the reference."""
+    """Results, {extension: [{figure: value}]}, in Markdown.
+
+    A cell is: median [lowest–highest] ×ratio to the reference.
+    """
     lines = [f"| | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
     for figure in results[reference][0]:
         digits, cells, base = 2 if "invocation" in figure else 0, [figure], None
@@ -100,19 +111,30 @@ def table(results, reference):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    aws = "extensions of AWS's, folders as for /opt; ratios are to the first (default: to unpooled.py)"
+    aws = (
+        "extensions of AWS's, folders as for /opt; "
+        "ratios are to the first (default: to unpooled.py)"
+    )
     parser.add_argument("--aws", nargs="+", type=Path, default=[], metavar="PATH", help=aws)
-    parser.add_argument("--rounds", type=int, default=9, help="in which each is measured (default: 9)")
-    parser.add_argument("--invocations", type=int, default=1000, help="of a warm function, in a round (default: 1000)")
-    parser.add_argument("--events", type=int, default=1000, help="for which to count TCP connections (default: 1000)")
+    rounds = "in which each is measured (default: 9)"
+    parser.add_argument("--rounds", type=int, default=9, help=rounds)
+    invocations = "of a warm function, in a round (default: 1000)"
+    parser.add_argument("--invocations", type=int, default=1000, help=invocations)
+    events = "for which to count TCP connections (default: 1000)"
+    parser.add_argument("--events", type=int, default=1000, help=events)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    sources = {NONE: None} | {f"AWS's {next(opt.glob('extensions/*')).name}": opt for opt in options.aws}
+    sources = {NONE: None}
+    for opt in options.aws:
+        sources[f"AWS's {next(opt.glob('extensions/*')).name}"] = opt
     if not options.aws:
         sources["unpooled.py"] = ROOT / "benchmark/unpooled.py"
     _, reference, *_ = sources
-    sources |= {"this extension": ROOT / NAME / "extension.py", "http_client.py": ROOT / "benchmark/http_client.py"}
+    sources |= {
+        "this extension": ROOT / NAME / "extension.py",
+        "http_client.py": ROOT / "benchmark/http_client.py",
+    }
     emulator, packages, environment = installed()
     results = {name: [] for name in sources}
     with tempfile.TemporaryDirectory() as folder, cpu_limit(CORES) as limit:
@@ -125,11 +147,13 @@ def main():
                 figures = measure(opt, emulator, environment, limit, options.invocations)
                 results[name].append(figures)
                 if name != NONE:
-                    figures["added to a warm invocation, ms"] = figures[WARM] - results[NONE][-1][WARM]
+                    added = figures[WARM] - results[NONE][-1][WARM]
+                    figures["added to a warm invocation, ms"] = added
         for name, rounds in list(results.items())[1:]:
             connections = count_connections(opts[name], environment, options.events)
             rounds[0][f"TCP connections for {options.events:,} events"] = connections
-    print(f"Median of {options.rounds} rounds [lowest–highest] ×ratio to {reference}\n\n{table(results, reference)}")
+    print(f"Median of {options.rounds} rounds [lowest–highest] ×ratio to {reference}\n")
+    print(table(results, reference))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The floor for Python: the standard library's HTTP client on one TCP connection, nothing checked."""
+"""The floor for Python: its own HTTP client on one TCP connection, nothing checked."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""Runs an extension as if it were alone: in a folder that becomes /opt, and with part of a CPU core."""
+"""Runs an extension as if it were alone: in a folder that becomes /opt, with part of a CPU core."""
 
 import contextlib
 import http.client
@@ -21,20 +21,30 @@ def free_port():
 
 
 def installed():
-    """What the run script installs: the emulator, the extension's packages, and an environment for the function."""
-    script = ["env", "LAMBDA_RUNTIME_API_DAEMON=", ROOT / f"{NAME}.sh", "--no-docker", "-p", str(free_port())]
+    """What the run script installs, and an environment for the function.
+
+    Returns the emulator, the extension's packages and that environment.
+    """
+    script = ["env", "LAMBDA_RUNTIME_API_DAEMON=", ROOT / f"{NAME}.sh"]
+    script += ["--no-docker", "-p", str(free_port())]
     with subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         if not any(b"curl" in line for line in process.stderr):
             sys.exit(f"{NAME}.sh --no-docker does not start here")
         process.terminate()
     folder = max((ROOT / ".run").glob(f"{NAME}-*"), key=os.path.getmtime)
-    environment = {"PATH": f"{folder}/python/bin:/usr/local/bin:/usr/bin:/bin", "LAMBDA_TASK_ROOT": str(ROOT)}
-    environment["AWS_LAMBDA_FUNCTION_NAME"] = "function"  # the emulator's name for it, for the Daemon
+    environment = {
+        "PATH": f"{folder}/python/bin:/usr/local/bin:/usr/bin:/bin",
+        "LAMBDA_TASK_ROOT": str(ROOT),
+        "AWS_LAMBDA_FUNCTION_NAME": "function",  # the emulator's name for it, for the Daemon
+    }
     return folder / "aws-lambda-rie", folder / "opt" / NAME, environment
 
 
 def stage(opt, source, packages, environment):
-    """Fills a folder for /opt: like another one, or with a program in the place of extension.py, or with nothing."""
+    """Fills a folder for /opt.
+
+    Then it is like another one, or has a program in the place of extension.py, or nothing.
+    """
     (opt / "extensions").mkdir(parents=True)
     if source and source.is_dir():
         shutil.copytree(source, opt, dirs_exist_ok=True)
@@ -43,7 +53,8 @@ def stage(opt, source, packages, environment):
         shutil.copytree(ROOT / NAME, opt / NAME, dirs_exist_ok=True)
         shutil.copy(source, opt / NAME / "extension.py")
         shutil.copy(ROOT / "extensions" / NAME, opt / "extensions")
-    subprocess.run(["python3", "-m", "compileall", "-q", opt], check=True, env=environment)  # as in the image
+    # As in the image.
+    subprocess.run(["python3", "-m", "compileall", "-q", opt], check=True, env=environment)
 
 
 def in_opt(opt, *command):
@@ -69,7 +80,10 @@ def cpu_limit(cores):
 
 @contextlib.contextmanager
 def running(server, opt, environment, limit=None):
-    """Runs the emulator or the Daemon; yields a connection to it, its Runtime API's address, and its log's path."""
+    """Runs the emulator or the Daemon.
+
+    Yields a connection to it, its Runtime API's address, and its log's path.
+    """
     port, api_port = free_port(), free_port()
     command = in_opt(opt, server)
     if server.name == "aws-lambda-rie":
@@ -78,13 +92,18 @@ def running(server, opt, environment, limit=None):
     daemon = {"INVOKE_API_HOST": "127.0.0.1", "PORT": str(port), "RUNTIME_API_PORT": str(api_port)}
     command += [ROOT / "lambda-entrypoint.sh", "lambda_function.lambda_handler"]
     with tempfile.NamedTemporaryFile() as log:
-        options = {"cwd": "/", "env": environment | daemon, "preexec_fn": limit and (lambda: limit.write_text("0"))}
-        options["start_new_session"] = True  # the Daemon may kill its process group
+        options = {
+            "cwd": "/",
+            "env": environment | daemon,
+            "preexec_fn": limit and (lambda: limit.write_text("0")),
+            "start_new_session": True,  # the Daemon may kill its process group
+        }
         process = subprocess.Popen(command, stdout=log, stderr=log, **options)
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port)
             while not connection.sock:
-                time.sleep(0.2)  # after the server's start, too: the first invocation finds the whole limit
+                # After the server's start, too: the first invocation finds the whole limit.
+                time.sleep(0.2)
                 assert process.poll() is None, Path(log.name).read_text()
                 with contextlib.suppress(ConnectionRefusedError):
                     connection.connect()

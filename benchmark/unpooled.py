@@ -1,4 +1,7 @@
-"""The plainest extension: requests.get for every event, each on a new TCP connection, as in AWS's example."""
+"""The plainest extension: requests.get for every event, as in AWS's example.
+
+Each event takes a new TCP connection.
+"""
 
 import json
 import os

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Invokes a Lambda function through RabbitMQ, where the Lambda Runtime API Daemon serves a queue of its name."""
+"""Invokes a Lambda function through RabbitMQ.
+
+There the Lambda Runtime API Daemon serves a queue of the function's name.
+"""
 
 # /// script
 # dependencies = ["pika"]
@@ -17,8 +20,9 @@ import pika
 def invoke(channel, function, event, seconds=30):
     """Publishes the event (JSON, as bytes) to the function's queue and returns its answer (bytes).
 
-    channel is an open pika channel with delivery confirmation. Raises pika.exceptions.UnroutableError if the function
-    has no queue, which means that nothing serves it, and TimeoutError if there is no answer within the seconds.
+    channel is an open pika channel with delivery confirmation. Raises
+    pika.exceptions.UnroutableError if the function has no queue, which means that nothing serves
+    it, and TimeoutError if there is no answer within the seconds.
     """
     answers = channel.queue_declare(queue="", exclusive=True).method.queue
     correlation_id = str(uuid.uuid4())
@@ -28,11 +32,14 @@ def invoke(channel, function, event, seconds=30):
         reply_to=answers,
         expiration=str(int(seconds * 1000)),  # drop requests whose caller has given up
     )
-    channel.basic_publish(exchange="", routing_key=function, body=event, properties=properties, mandatory=True)
+    channel.basic_publish(
+        exchange="", routing_key=function, body=event, properties=properties, mandatory=True
+    )
     deadline = time.monotonic() + seconds
     try:
         while (left := deadline - time.monotonic()) > 0:
-            method, properties, answer = next(channel.consume(answers, auto_ack=True, inactivity_timeout=left))
+            consumed = channel.consume(answers, auto_ack=True, inactivity_timeout=left)
+            method, properties, answer = next(consumed)
             if method and properties.correlation_id == correlation_id:
                 return answer
     finally:
@@ -44,13 +51,15 @@ def invoke(channel, function, event, seconds=30):
 
 def main():
     """Invokes the function that the command line names, and prints its answer."""
+    broker = "amqp://user:password@host:port (default: amqp://localhost)"
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="AMQP_URI names the broker, amqp://user:password@host:port (default: amqp://localhost).",
+        description=__doc__, epilog=f"AMQP_URI names the broker, {broker}."
     )
     parser.add_argument("function")
     parser.add_argument("event", nargs="?", default="{}", help="JSON (default: {})")
-    parser.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for the answer (default: 30)")
+    parser.add_argument(
+        "--timeout", type=float, default=30, metavar="SECONDS", help="for the answer (default: 30)"
+    )
     options = parser.parse_intermixed_args()
     uri = os.environ.get("AMQP_URI", "amqp://localhost")
     try:
@@ -63,7 +72,8 @@ def main():
         with pika.BlockingConnection(parameters) as connection:
             channel = connection.channel()
             channel.confirm_delivery()
-            print(invoke(channel, options.function, options.event.encode(), options.timeout).decode())
+            event = options.event.encode()
+            print(invoke(channel, options.function, event, options.timeout).decode())
     except pika.exceptions.UnroutableError:
         sys.exit(f"nothing serves the function {options.function}: it has no queue at {broker}")
     except TimeoutError as error:

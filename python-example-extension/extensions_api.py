@@ -12,43 +12,57 @@ import select
 INVOKE, SHUTDOWN = "INVOKE", "SHUTDOWN"  # event types
 API = "/2020-01-01/extension"
 NEXT = f"{API}/event/next"
-IDENTIFIER, ERROR_TYPE = "Lambda-Extension-Identifier", "Lambda-Extension-Function-Error-Type"  # headers
+IDENTIFIER = "Lambda-Extension-Identifier"  # a header
+ERROR_TYPE = "Lambda-Extension-Function-Error-Type"  # another header
 ANSWER_SECONDS = 5  # Lambda answers at once, unless it is asked for an event
 TEXT_LENGTH = 1000  # of an error, at most
 
 
 class ExtensionsApiError(Exception):
-    """The API is unreachable, refuses, or sends an invalid response. The text is one line: the request, and why."""
+    """The API is unreachable, refuses, or sends an invalid response.
+
+    The text is one line: the request, and why.
+    """
 
     def __init__(self, text):
         super().__init__(" ".join(text[:TEXT_LENGTH].split()).encode("unicode_escape").decode())
 
 
 class ExtensionsApi:
-    """One extension's connection to Lambda. All methods but report() raise ExtensionsApiError when they fail.
+    """One extension's connection to Lambda.
 
-    It has two HTTP clients, because requests takes longer to import than all else in a cold start: http.client asks
-    first, and a session of requests, once it is open, for event after event.
+    All methods but report() raise ExtensionsApiError when they fail.
+
+    It has two HTTP clients, because requests takes longer to import than all else in a cold start:
+    http.client asks first, and a session of requests, once it is open, for event after event.
     """
 
     def __init__(self, name):
         self.session = None  # requests.Session, once open
-        self._sender = {"Lambda-Extension-Name": name}  # a header; once registered, the identifier's
+        # A header; once registered, the identifier's.
+        self._sender = {"Lambda-Extension-Name": name}
         self._phase = None  # "init" once registered, "exit" once events are asked for
         self._connection = None  # http.client's, while idle
         self._address = os.environ.get("AWS_LAMBDA_RUNTIME_API", "").strip()
         self._url = f"http://{self._address}"
 
     def register(self):
-        """Registers for INVOKE and SHUTDOWN ("Register" in the documentation) and returns the identifier (str)."""
+        """Registers for INVOKE and SHUTDOWN and returns the identifier (str).
+
+        The documentation calls it "Register".
+        """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]+", self._address):
-            raise ExtensionsApiError("AWS_LAMBDA_RUNTIME_API is not HOST:PORT: Lambda, or its emulator, sets it")
+            raise ExtensionsApiError(
+                "AWS_LAMBDA_RUNTIME_API is not HOST:PORT: Lambda, or its emulator, sets it"
+            )
         managed = os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "lambda-managed-instances"
         events = [SHUTDOWN] if managed else [INVOKE, SHUTDOWN]  # they run many invocations at once
         _, headers, _ = self.send("POST", f"{API}/register", {"events": events})
         identifier = headers.get(IDENTIFIER, "")
         if not re.fullmatch("[!-~]+", identifier):  # printable ASCII
-            raise ExtensionsApiError(f"POST {self._url}{API}/register: no valid {IDENTIFIER} in the response")
+            raise ExtensionsApiError(
+                f"POST {self._url}{API}/register: no valid {IDENTIFIER} in the response"
+            )
         self._sender = {IDENTIFIER: identifier}
         self._phase = "init"
         return identifier
@@ -57,31 +71,46 @@ class ExtensionsApi:
         """Waits for the next event ("Next") and returns it: a dict with an eventType (str)."""
         self._phase = "exit"
         asked = f"GET {self._url}{NEXT}"
-        _, _, content = checked(asked, self._ask_session if self.session else lambda: self._ask("GET", NEXT))
-        with contextlib.suppress(Exception):  # not JSON, nested too deeply, not a dict, no eventType
+        ask = self._ask_session if self.session else lambda: self._ask("GET", NEXT)
+        _, _, content = checked(asked, ask)
+        # It may be not JSON, nested too deeply, not a dict, or without an eventType.
+        with contextlib.suppress(Exception):
             event = json.loads(content)
             if isinstance(event["eventType"], str):
                 return event
-        raise ExtensionsApiError(f"{asked}: not an event: {content[:TEXT_LENGTH].decode(errors='replace')}")
+        text = content[:TEXT_LENGTH].decode(errors="replace")
+        raise ExtensionsApiError(f"{asked}: not an event: {text}")
 
     def open_session(self):
         """Opens the session, with one pooled connection, that next_event() uses from then on."""
         import requests
 
         self.session = requests.Session()
-        self.session.trust_env = False  # HTTP_PROXY, NO_PROXY and ~/.netrc are meant for external hosts
-        self._request = self.session.prepare_request(requests.Request("GET", f"{self._url}{NEXT}", self._sender))
+        # HTTP_PROXY, NO_PROXY and ~/.netrc are meant for external hosts.
+        self.session.trust_env = False
+        request = requests.Request("GET", f"{self._url}{NEXT}", self._sender)
+        self._request = self.session.prepare_request(request)
 
     def send(self, method, path, body, headers=None):
-        """Sends a body that JSON can hold; returns the response's status (int), headers and content (bytes)."""
+        """Sends a body that JSON can hold.
+
+        Returns the response's status (int), headers and content (bytes).
+        """
         headers = {"Content-Type": "application/json"} | (headers or {})
         request = method, path, json.dumps(body), headers, ANSWER_SECONDS
         return checked(f"{method} {self._url}{path}", lambda: self._ask(*request))
 
     def report(self, name, text, traceback):
-        """Reports an exception ("Init error", "Exit error"): its name and text (str), and its traceback (lines)."""
+        """Reports an exception: its name and text (str), and its traceback (lines).
+
+        The documentation calls it "Init error" or "Exit error".
+        """
         error_type = "Extension." + name.encode("unicode_escape").decode()
-        body = {"errorMessage": text[:TEXT_LENGTH], "errorType": error_type, "stackTrace": traceback}
+        body = {
+            "errorMessage": text[:TEXT_LENGTH],
+            "errorType": error_type,
+            "stackTrace": traceback,
+        }
         if self._phase:
             with contextlib.suppress(ExtensionsApiError):
                 self.send("POST", f"{API}/{self._phase}/error", body, {ERROR_TYPE: error_type})

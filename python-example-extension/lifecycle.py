@@ -1,4 +1,4 @@
-"""The lifecycle of an extension: it registers, initializes, processes one event after the other, and ends.
+"""The lifecycle of an extension: it registers, initializes, processes event after event, and ends.
 
 https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtime-environment.html
 """
@@ -12,7 +12,7 @@ import time
 
 from extensions_api import ANSWER_SECONDS, INVOKE, SHUTDOWN, ExtensionsApi, ExtensionsApiError
 
-# Lambda knows an extension by the name of its file in /opt/extensions; this folder has the same name.
+# Lambda knows an extension by the name of its file in /opt/extensions; this folder has that name.
 NAME = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
 SIGNALS = signal.SIGTERM, signal.SIGINT
 SHUTDOWN_SECONDS = 1.5  # Lambda allows 2 and reserves up to 0.3 of them for the runtime
@@ -22,10 +22,11 @@ exit_status = 0
 
 
 def run(process, init=lambda: None):
-    """Registers, calls init(), then process(event) with each event (dict), SHUTDOWN last, and exits with 0.
+    """Registers, calls init(), then process(event) with each event (dict), and exits with 0.
 
-    SIGTERM and SIGINT count as SHUTDOWN. An exception is shown, reported to Lambda, and ends it with 1: an error of the
-    API, or sys.exit("reason"), in one line, a bug with its traceback.
+    SHUTDOWN is the last event, and SIGTERM and SIGINT count as one. An exception is shown, reported
+    to Lambda, and ends it with 1: an error of the API, or sys.exit("reason"), in one line, a bug
+    with its traceback.
     """
     waiting = False  # for an event, so neither init() nor process() is running
     shutdown = None  # the event that a signal stands for
@@ -35,8 +36,13 @@ def run(process, init=lambda: None):
         if shutdown:
             return
         deadline = int((time.time() + SHUTDOWN_SECONDS) * 1000)
-        shutdown = {"eventType": SHUTDOWN, "shutdownReason": signal.Signals(signum).name, "deadlineMs": deadline}
-        if waiting and exit_status == 0:  # else process_events() takes the event next, or has failed
+        shutdown = {
+            "eventType": SHUTDOWN,
+            "shutdownReason": signal.Signals(signum).name,
+            "deadlineMs": deadline,
+        }
+        # Otherwise process_events() takes the event next, or has failed.
+        if waiting and exit_status == 0:
             end_with(lambda: process(shutdown))
 
     def process_events():
@@ -70,7 +76,10 @@ def log(message, stream=sys.stdout):
 
 
 def end_with(task):
-    """Calls task(), then ends the process; shows what it raises, and reports it for ANSWER_SECONDS at most."""
+    """Calls task(), then ends the process.
+
+    Shows what it raises, and reports it for ANSWER_SECONDS at most.
+    """
     global exit_status
     try:
         task()
@@ -78,8 +87,10 @@ def end_with(task):
         exit_status = 1
         import traceback
 
-        details = traceback.TracebackException.from_exception(error)  # copes with an exception whose str() fails
-        plain = isinstance(error, ExtensionsApiError) or (isinstance(error, SystemExit) and isinstance(error.code, str))
+        # It copes with an exception whose str() fails.
+        details = traceback.TracebackException.from_exception(error)
+        has_reason = isinstance(error, SystemExit) and isinstance(error.code, str)
+        plain = has_reason or isinstance(error, ExtensionsApiError)
         log(details if plain else "".join(details.format()).rstrip(), sys.stderr)
         _thread.start_new_thread(exit_after, (ANSWER_SECONDS,))
         api.report(type(error).__name__, str(details), [] if plain else details.stack.format())
@@ -93,7 +104,10 @@ def exit_after(seconds):
 
 
 def catch_signals(stop):
-    """Lets SIGTERM and SIGINT, but not those of a fork, call stop(signum, frame), and end it SHUTDOWN_SECONDS later."""
+    """Lets SIGTERM and SIGINT call stop(signum, frame), and end it SHUTDOWN_SECONDS later.
+
+    Signals that a fork gets do neither.
+    """
 
     def wait_for_signal():
         while os.read(reader, 1)[0] not in SIGNALS:
@@ -102,7 +116,8 @@ def catch_signals(stop):
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)  # at once, while stop() waits for the end of a call into C, such as one for DNS
+    # At once, while stop() waits for the end of a call into C, such as one for DNS.
+    signal.set_wakeup_fd(writer)
     _thread.start_new_thread(wait_for_signal, ())
     for signum in SIGNALS:
         signal.signal(signum, stop)

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Runs the tests in a virtual environment of their own; it needs bash and Python with pip: ./tests/run.sh [--all] [pytest
-# options]. --all adds the slow tests, which take long or need heavy tools. A test whose tools are missing is skipped, with
-# the reason; with CI set it fails, unless it needs the Lambda Runtime API Daemon, which has no package.
+# Runs the tests in a virtual environment of their own; it needs bash and Python with pip:
+#   ./tests/run.sh [--all] [pytest options]
+# --all adds the slow tests, which take long or need heavy tools. A test whose tools are missing is
+# skipped, with the reason; with CI set it fails, unless it needs the Lambda Runtime API Daemon,
+# which has no package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,11 +14,12 @@ venv() {
     [ "$(cat "$2/made-for" 2>/dev/null)" != "$made_for" ] || ! "$2/bin/python3" -c '' || return 0
     echo "Installing the $(grep -c == "$1") packages of $1 into $2, once"
     rm -rf "$2"
-    # By the pip outside, since Debian's venv has none; with the options of scripts/pip-install, which installs no programs.
+    # By the pip outside, since Debian's venv has none; with the options of scripts/pip-install,
+    # which installs no programs.
     python3 -m venv --without-pip "$2"
     env -u PIP_TARGET -u PIP_PREFIX PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 "$2/bin/python3" \
-        "$(python3 -c 'import pip; print(*pip.__path__)')" install --ignore-installed --disable-pip-version-check \
-        --no-deps --require-hashes --only-binary :all: -r "$1"
+        "$(python3 -c 'import pip; print(*pip.__path__)')" install --ignore-installed \
+        --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r "$1"
     echo "$made_for" >"$2/made-for"
 }
 

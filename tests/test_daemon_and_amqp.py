@@ -1,4 +1,7 @@
-"""The Lambda Runtime API Daemon in place of the emulator, and the examples: the client, Compose and Kubernetes."""
+"""The Lambda Runtime API Daemon in place of the emulator, and the examples.
+
+These are the client, Compose and Kubernetes.
+"""
 
 import contextlib
 import json
@@ -28,9 +31,12 @@ def test_a_daemon_that_cannot_run_fails_with_one_line(sample, daemon):
     assert (ran.returncode, ran.stderr) == (1, line)
 
 
-def test_the_daemon_replaces_the_emulator_on_loopback_and_its_path_may_be_relative(start, sample, stand_in):
+def test_the_daemon_replaces_the_emulator_on_loopback_and_its_path_may_be_relative(
+    start, sample, stand_in
+):
     relative = os.path.relpath(stand_in, "/")  # the tests run the script from /
-    with start(sample, LAMBDA_RUNTIME_API_DAEMON=relative, AWS_LAMBDA_MAX_CONCURRENCY="4", **TIMEOUT) as it:
+    settings = {"LAMBDA_RUNTIME_API_DAEMON": relative, "AWS_LAMBDA_MAX_CONCURRENCY": "4"}
+    with start(sample, **settings, **TIMEOUT) as it:
         told = it.invoke(function=NAME)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", it.port))
@@ -47,7 +53,10 @@ def test_the_daemon_replaces_the_emulator_on_loopback_and_its_path_may_be_relati
 
 def consumers(rabbitmq, queue):
     """How many consumers the queue has, or None if there is no such queue."""
-    with connect(rabbitmq) as connection, contextlib.suppress(pika.exceptions.ChannelClosedByBroker):
+    with (
+        connect(rabbitmq) as connection,
+        contextlib.suppress(pika.exceptions.ChannelClosedByBroker),
+    ):
         return connection.channel().queue_declare(queue, passive=True).method.consumer_count
 
 
@@ -86,8 +95,14 @@ def test_the_daemon_answers_errors_and_continues(invoke):
         wait_until(lambda: invoke({"still": "here"}) == {"still": "here"})
 
 
-def test_without_a_broker_http_works_concurrently_until_the_run_ends_with_a_shutdown(start, evaluating):
-    settings = {"LAMBDA_RUNTIME_API_DAEMON": real_daemon(), "MAX_CONCURRENCY": "2", "AWS_LAMBDA_FUNCTION_TIMEOUT": "60"}
+def test_without_a_broker_http_works_concurrently_until_the_run_ends_with_a_shutdown(
+    start, evaluating
+):
+    settings = {
+        "LAMBDA_RUNTIME_API_DAEMON": real_daemon(),
+        "MAX_CONCURRENCY": "2",
+        "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
+    }
     with ThreadPoolExecutor() as pool, start(evaluating, **settings) as it:
         pool.submit(it.invoke, {"do": "time.sleep(40)"}, NAME)
         wait_until(lambda: it.received)
@@ -98,7 +113,9 @@ def test_without_a_broker_http_works_concurrently_until_the_run_ends_with_a_shut
 
 
 @pytest.mark.parametrize(("indent", "where"), [("", "from lifecycle"), ("    ", "log(f")])
-def test_an_extension_that_dies_at_its_start_or_with_an_event_is_started_again(start, copy, tmp_path, indent, where):
+def test_an_extension_that_dies_at_its_start_or_with_an_event_is_started_again(
+    start, copy, tmp_path, indent, where
+):
     line = once(tmp_path, "os._exit(1)")
     replace(copy / NAME / "extension.py", f"{indent}{where}", f"{indent}{line}{indent}{where}")
     replace(copy / NAME / "extension.py", "import json\n", "import json\nimport os\n")
@@ -112,7 +129,9 @@ def test_an_extension_that_dies_at_its_start_or_with_an_event_is_started_again(s
 
 
 @pytest.mark.parametrize("name", ["compose", "kubernetes"])
-def test_stopping_one_of_three_copies_as_an_example_does_loses_no_message(name, engine, rabbitmq, evaluating):
+def test_stopping_one_of_three_copies_as_an_example_does_loses_no_message(
+    name, engine, rabbitmq, evaluating
+):
     text = (ROOT / "examples" / f"{name}.yaml").read_text()
     (words,) = map(json.loads, re.findall(r" command: (.*)", text) or ["[]"])
     options = [f"--stop-signal={signal}" for signal in re.findall(r"stop_signal: (\w+)", text)]
@@ -124,16 +143,18 @@ def test_stopping_one_of_three_copies_as_an_example_does_loses_no_message(name, 
     answered, containers = {}, []
     with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
         for number in "123":
-            started = run("docker", "run", "--rm", "--detach", f"--env=COPY={number}", *options, *words[1:])
-            containers.append(started.stdout.strip())
+            started = "docker", "run", "--rm", "--detach", f"--env=COPY={number}"
+            containers.append(run(*started, *options, *words[1:]).stdout.strip())
             stack.callback(run, "docker", "kill", containers[-1])
         wait_until(lambda: consumers(rabbitmq, name) == 3)
         channel = connection.channel()
         answers = channel.queue_declare("", exclusive=True).method.queue
+        event = b'{"do": "time.sleep(0.05) or os.environ[\'COPY\']"}'
         for number in range(100):
             properties = pika.BasicProperties(reply_to=answers, correlation_id=str(number))
-            channel.basic_publish("", name, b'{"do": "time.sleep(0.05) or os.environ[\'COPY\']"}', properties)
-        for method, properties, answer in channel.consume(answers, auto_ack=True, inactivity_timeout=60):
+            channel.basic_publish("", name, event, properties)
+        messages = channel.consume(answers, auto_ack=True, inactivity_timeout=60)
+        for method, properties, answer in messages:
             assert method, f"{len(answered)} of 100 answered"
             answered[properties.correlation_id] = json.loads(answer)
             if len(answered) == 20:
@@ -152,7 +173,11 @@ class Function:
 
     def request(self):
         """Waits for a request; returns its properties and its body (bytes)."""
-        return wait_until(lambda: [*filter(None, self.channel.basic_get(self.queue, auto_ack=True))])[1:]
+
+        def get():
+            return [*filter(None, self.channel.basic_get(self.queue, auto_ack=True))]
+
+        return wait_until(get)[1:]
 
     def answer(self, request, body):
         """Answers the request (properties) after another one's answer."""
@@ -168,13 +193,15 @@ def function(rabbitmq):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "event", "expiration"), [([], b"{}", "30000"), (["--timeout", "5", "[1]"], b"[1]", "5000")]
+    ("arguments", "event", "expiration"),
+    [([], b"{}", "30000"), (["--timeout", "5", "[1]"], b"[1]", "5000")],
 )
 def test_the_client_prints_its_own_answer(rabbitmq, function, arguments, event, expiration):
     ran = function.submit(invoke_by_amqp, rabbitmq, function.queue, *arguments)
     request, body = function.request()
     assert request.reply_to.startswith("amq.gen-")  # a name that no other client has
-    assert (body, request.content_type, request.expiration) == (event, "application/json", expiration)
+    assert (body, request.content_type) == (event, "application/json")
+    assert request.expiration == expiration
     function.answer(request, b"the answer")
     assert (ran.result().returncode, ran.result().stdout) == (0, "the answer\n")
 
@@ -203,16 +230,26 @@ def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, function)
     assert ran.result().stderr == f"no answer from {function.queue} within 1.0 s\n"
 
 
-@pytest.mark.parametrize(("uri", "said"), [
-    ("amqp://lambda:secret%20word@{broker}", "nothing serves the function no-function"),
-    ("amqp://user:secret@localhost:{port}", "no RabbitMQ at localhost:{port}, or access denied"),
-    ("amqp://user:secret@no-such-host.invalid", "no RabbitMQ at no-such-host.invalid:5672, or access denied"),
-    ("user:secret@localhost", "AMQP_URI takes amqp://"),
-    ("amqp://user:secret@localhost:port", "AMQP_URI takes amqp://"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("amqp://lambda:secret%20word@{broker}", "nothing serves the function no-function"),
+        (
+            "amqp://user:secret@localhost:{port}",
+            "no RabbitMQ at localhost:{port}, or access denied",
+        ),
+        (
+            "amqp://user:secret@no-such-host.invalid",
+            "no RabbitMQ at no-such-host.invalid:5672, or access denied",
+        ),
+        ("user:secret@localhost", "AMQP_URI takes amqp://"),
+        ("amqp://user:secret@localhost:port", "AMQP_URI takes amqp://"),
+    ],
+)
 def test_the_client_says_in_one_line_why_it_cannot_invoke(rabbitmq, uri, said):
     places = {"broker": rabbitmq, "port": free_port()}
-    ran = run(sys.executable, client.__file__, "no-function", env=os.environ | {"AMQP_URI": uri.format(**places)})
+    environment = os.environ | {"AMQP_URI": uri.format(**places)}
+    ran = run(sys.executable, client.__file__, "no-function", env=environment)
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
     assert ran.stderr.startswith(said.format(**places))
     assert "secret" not in ran.stderr

@@ -17,10 +17,13 @@ pytestmark = pytest.mark.slow
 ID = "123456789012"
 IMAGE = f"{ID}.dkr.ecr.eu-central-1.amazonaws.com/{NAME}"
 ROLE = f"arn:aws:iam::{ID}:role/{NAME}"
+IDENTITY = f"<GetCallerIdentityResult><Account>{ID}</Account></GetCallerIdentityResult>"
+TOKEN = {"authorizationToken": "QVdTOnBhc3N3b3Jk"}
+READY = {"State": "Active", "LastUpdateStatus": "Successful"}
 ANSWERS = {
-    "Action=": f"<R><GetCallerIdentityResult><Account>{ID}</Account></GetCallerIdentityResult><CreateRoleResult/></R>",
-    "GetAuthorizationToken": json.dumps({"authorizationData": [{"authorizationToken": "QVdTOnBhc3N3b3Jk"}]}),
-    f"GET /2015-03-31/functions/{NAME}": '{"Configuration": {"State": "Active", "LastUpdateStatus": "Successful"}}',
+    "Action=": f"<R>{IDENTITY}<CreateRoleResult/></R>",
+    "GetAuthorizationToken": json.dumps({"authorizationData": [TOKEN]}),
+    f"GET /2015-03-31/functions/{NAME}": json.dumps({"Configuration": READY}),
     "/invocations": json.dumps(HELLO),
     "FilterLogEvents": json.dumps({"events": [{"message": f"[{NAME}] {RECEIVED}"}]}),
     "/versions": '{"LayerVersionArn": "arn:layer:1"}',
@@ -28,20 +31,27 @@ ANSWERS = {
 
 
 class AwsApi(http.server.BaseHTTPRequestHandler):
-    """Answers what the commands ask of STS, ECR, IAM, Lambda and CloudWatch Logs, and remembers it, a line each."""
+    """Answers what the commands ask of STS, ECR, IAM, Lambda and CloudWatch Logs.
+
+    It remembers what they ask, a line each.
+    """
 
     def do_POST(self):
-        body = urllib.parse.unquote_plus(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = urllib.parse.unquote_plus(content.decode())
         asked = f"{self.command} {self.path} {self.headers.get('X-Amz-Target')} {body}"
         self.server.asked.append(asked)
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(next((answer for word, answer in ANSWERS.items() if word in asked), "{}").encode())
+        answers = (answer for word, answer in ANSWERS.items() if word in asked)
+        self.wfile.write(next(answers, "{}").encode())
 
     do_GET = do_PUT = do_DELETE = do_POST
 
 
-def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_and_add_the_layer(tmp_path, copy):
+def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_and_add_the_layer(
+    tmp_path, copy
+):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AwsApi)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -51,35 +61,53 @@ def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_a
     for name, script in ("aws", aws), ("docker", docker):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")} | CREDENTIALS
-    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "AWS_PAGER": ""}
-    commands = code_blocks("docs/deploying.md", "With the AWS CLI") + code_blocks("docs/deploying.md", "As a layer")[:1]
+    pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    environment = pip | CREDENTIALS | {"HOME": str(tmp_path), "AWS_PAGER": ""}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    commands = code_blocks("docs/deploying.md", "With the AWS CLI")
+    commands += code_blocks("docs/deploying.md", "As a layer")[:1]
     ran = run("bash", "-euo", "pipefail", "-c", "".join(commands), env=environment, cwd=copy)
     server.shutdown()
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    requests = iter([*(tmp_path / "docker.log").read_text().splitlines(), *server.asked, ran.stdout])
+    log = (tmp_path / "docker.log").read_text().splitlines()
+    requests = iter([*log, *server.asked, ran.stdout])
     for expected in (
-        "docker login --username AWS --password-stdin .* password$", f"docker build .*--target lambda --tag {IMAGE} .$",
-        f"docker push {IMAGE}$", f"CreateRepository .*{NAME}", f"=CreateRole.*RoleName={NAME}&.*lambda.amazonaws.com",
-        "=AttachRolePolicy.*/AWSLambdaBasicExecutionRole", f'POST .*"{ROLE}".*"ImageUri": "{IMAGE}:latest".*x86_64',
-        f"GET .*/{NAME}", f"POST .*/{NAME}/invocations", f"FilterLogEvents .*/aws/lambda/{NAME}",
-        f'PUT .*/{NAME}/code .*"ImageUri": "{IMAGE}:latest"', f"GET .*/{NAME}", f"DELETE .*/{NAME}",
-        f"DeleteRepository .*{NAME}", "=DetachRolePolicy.*/AWSLambdaBasicExecutionRole",
-        f"=DeleteRole&.*RoleName={NAME}", f"DeleteLogGroup .*/aws/lambda/{NAME}",
-        f'POST .*/layers/{NAME}/versions .*"ZipFile": "..', r'PUT .*/my-function/.*"Layers": \["arn:layer:1"\]',
+        "docker login --username AWS --password-stdin .* password$",
+        f"docker build .*--target lambda --tag {IMAGE} .$",
+        f"docker push {IMAGE}$",
+        f"CreateRepository .*{NAME}",
+        f"=CreateRole.*RoleName={NAME}&.*lambda.amazonaws.com",
+        "=AttachRolePolicy.*/AWSLambdaBasicExecutionRole",
+        f'POST .*"{ROLE}".*"ImageUri": "{IMAGE}:latest".*x86_64',
+        f"GET .*/{NAME}",
+        f"POST .*/{NAME}/invocations",
+        f"FilterLogEvents .*/aws/lambda/{NAME}",
+        f'PUT .*/{NAME}/code .*"ImageUri": "{IMAGE}:latest"',
+        f"GET .*/{NAME}",
+        f"DELETE .*/{NAME}",
+        f"DeleteRepository .*{NAME}",
+        "=DetachRolePolicy.*/AWSLambdaBasicExecutionRole",
+        f"=DeleteRole&.*RoleName={NAME}",
+        f"DeleteLogGroup .*/aws/lambda/{NAME}",
+        f'POST .*/layers/{NAME}/versions .*"ZipFile": "..',
+        r'PUT .*/my-function/.*"Layers": \["arn:layer:1"\]',
         re.escape(json.dumps(HELLO)),
-    ):  # fmt: skip
+    ):
         assert any(re.search(expected, request, re.DOTALL) for request in requests), expected
 
 
 def test_sam_builds_the_stage_without_the_emulator_invokes_it_and_shows_the_extension(copy, engine):
     replace(copy / "Dockerfile", DEFAULT_BASE_IMAGE, first_base_image())
-    options = {"cwd": copy, "env": os.environ | CREDENTIALS | {"SAM_CLI_TELEMETRY": "0", "HOME": str(copy)}}
+    environment = os.environ | CREDENTIALS | {"SAM_CLI_TELEMETRY": "0", "HOME": str(copy)}
+    options = {"cwd": copy, "env": environment}
     built = run(tool("sam"), "build", **options)
     assert built.returncode == 0, built.stderr
-    listing = run("docker", "run", "--rm", "--entrypoint", "ls", "hellofunction:latest", "/usr/local/bin")
+    ls = "docker", "run", "--rm", "--entrypoint", "ls"
+    listing = run(*ls, "hellofunction:latest", "/usr/local/bin")
     assert (listing.returncode, "aws-lambda-rie" in listing.stdout) == (0, False)
-    invoked = run(tool("sam"), "local", "invoke", "--event", "-", input='{"key": "value"}', **options)
+    invoke = tool("sam"), "local", "invoke", "--event", "-"
+    invoked = run(*invoke, input='{"key": "value"}', **options)
     assert json.loads(invoked.stdout.splitlines()[-1]) == HELLO, invoked.stderr
     assert f"[{NAME}] {RECEIVED}: " in invoked.stdout + invoked.stderr
-    run("docker", "rmi", "--force", *run("docker", "images", "--quiet", "hellofunction").stdout.split())
+    images = run("docker", "images", "--quiet", "hellofunction").stdout.split()
+    run("docker", "rmi", "--force", *images)

@@ -5,7 +5,9 @@ from machine import ROOT, run
 from sample import replace
 
 HANDLER = "lambda_function.lambda_handler"
-RIE, RUNTIME, OTHER = "aws-lambda-rie", f"python3 -m awslambdaric {HANDLER}", "python3 -m awslambdaric other.handler"
+RIE = "aws-lambda-rie"
+RUNTIME = f"python3 -m awslambdaric {HANDLER}"
+OTHER = "python3 -m awslambdaric other.handler"
 ON_LAMBDA = {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}
 WRAPPED = {"AWS_LAMBDA_EXEC_WRAPPER": "wrapper"}  # found in PATH
 
@@ -22,19 +24,24 @@ def entrypoint(tmp_path):
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     replace(tmp_path / "lambda-entrypoint.sh", "/usr/local/bin", str(tmp_path))
-    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    return lambda arguments, more: run(tmp_path / "lambda-entrypoint.sh", *arguments, env=path | more)
+    script, path = tmp_path / "lambda-entrypoint.sh", {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return lambda arguments, more: run(script, *arguments, env=path | more)
 
 
-@pytest.mark.parametrize(("arguments", "environment", "started"), [
-    ([HANDLER], {}, [RIE, RUNTIME]),
-    ([HANDLER], ON_LAMBDA, [RUNTIME]),
-    ([HANDLER], {"_HANDLER": "other.handler"}, [RIE, RUNTIME]),
-    ([], {"_HANDLER": HANDLER}, [RIE, RUNTIME]),
-    ([HANDLER], WRAPPED, [RIE, OTHER]),
-    ([HANDLER], WRAPPED | ON_LAMBDA, [OTHER]),
-])  # fmt: skip
-def test_starts_the_emulator_but_on_lambda_then_a_wrapper_then_the_runtime(entrypoint, arguments, environment, started):
+@pytest.mark.parametrize(
+    ("arguments", "environment", "started"),
+    [
+        ([HANDLER], {}, [RIE, RUNTIME]),
+        ([HANDLER], ON_LAMBDA, [RUNTIME]),
+        ([HANDLER], {"_HANDLER": "other.handler"}, [RIE, RUNTIME]),
+        ([], {"_HANDLER": HANDLER}, [RIE, RUNTIME]),
+        ([HANDLER], WRAPPED, [RIE, OTHER]),
+        ([HANDLER], WRAPPED | ON_LAMBDA, [OTHER]),
+    ],
+)
+def test_starts_the_emulator_but_on_lambda_then_a_wrapper_then_the_runtime(
+    entrypoint, arguments, environment, started
+):
     assert entrypoint(arguments, environment).stdout.splitlines() == started
 
 

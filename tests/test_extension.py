@@ -6,27 +6,62 @@ import os
 import re
 
 from extension_process import end_of, started
-from extensions_api_server import IDENTIFIER, REGISTERED, SHUTDOWN, ExtensionsApiServer, hangs, invoke
+from extensions_api_server import (
+    IDENTIFIER,
+    REGISTERED,
+    SHUTDOWN,
+    ExtensionsApiServer,
+    hangs,
+    invoke,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine import wait_until
 from sample import NAME
 
-CASES = int(os.environ.get("FUZZ_CASES", "300"))  # to try more: FUZZ_CASES=5000 ./tests/run.sh -k responses
-PARTS = st.sampled_from(
-    [b"HTTP/1.1 302 Found", b"HTTP/1.1 204 None", b"HTTP/1.1 100 Continue", b"HTTP/1.1 99999 Many", b"HTTP/9 200",
-     b"Location: http://[", b"Location: http://a..b/", b"Location: \xff\xfe", b"Content-Length: 1" + b"0" * 30,
-     b"Content-Length: -5", b"Content-Length: five", b"Transfer-Encoding: chunked", b"-5\r\nabc\r\n", b"zz\r\n", b"",
-     b"Content-Encoding: gzip", b"Content-Type: text/html; charset=no-such", b"Set-Cookie: \x00=\x01; expires=never",
-     b"X: " + b"y" * 70_000, b"Lambda-Extension-Identifier: \x1b[31m", b"Lambda-Extension-Identifier: one\r\n two",
-     b"Lambda-Extension-Identifier: \xa0", b"Connection: close", b'{"eventType": ["\x1b"]}', b'{"errorType":' * 2_000,
-     b'{"errorType": "\xe2\x80\xae", "errorMessage": 1e999}', b'"\\ud800"', b"[" * 2_000, b"9" * 5_000]
-) | st.binary(max_size=50)  # fmt: skip
+# To try more: FUZZ_CASES=5000 ./tests/run.sh -k responses
+CASES = int(os.environ.get("FUZZ_CASES", "300"))
+KNOWN_PARTS = [
+    b"HTTP/1.1 302 Found",
+    b"HTTP/1.1 204 None",
+    b"HTTP/1.1 100 Continue",
+    b"HTTP/1.1 99999 Many",
+    b"HTTP/9 200",
+    b"Location: http://[",
+    b"Location: http://a..b/",
+    b"Location: \xff\xfe",
+    b"Content-Length: 1" + b"0" * 30,
+    b"Content-Length: -5",
+    b"Content-Length: five",
+    b"Transfer-Encoding: chunked",
+    b"-5\r\nabc\r\n",
+    b"zz\r\n",
+    b"",
+    b"Content-Encoding: gzip",
+    b"Content-Type: text/html; charset=no-such",
+    b"Set-Cookie: \x00=\x01; expires=never",
+    b"X: " + b"y" * 70_000,
+    b"Lambda-Extension-Identifier: \x1b[31m",
+    b"Lambda-Extension-Identifier: one\r\n two",
+    b"Lambda-Extension-Identifier: \xa0",
+    b"Connection: close",
+    b'{"eventType": ["\x1b"]}',
+    b'{"errorType":' * 2_000,
+    b'{"errorType": "\xe2\x80\xae", "errorMessage": 1e999}',
+    b'"\\ud800"',
+    b"[" * 2_000,
+    b"9" * 5_000,
+]
+PARTS = st.sampled_from(KNOWN_PARTS) | st.binary(max_size=50)
 START = st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.0 403 Forbidden"])
-RESPONSES = st.builds(lambda start, parts: b"\r\n".join([start, *parts]), START | PARTS, st.lists(PARTS, max_size=8))
+RESPONSES = st.builds(
+    lambda start, parts: b"\r\n".join([start, *parts]), START | PARTS, st.lists(PARTS, max_size=8)
+)
 
 
-def test_registers_under_the_name_of_its_folder_and_asks_for_each_event_with_the_identifier_it_was_given(extension):
+def test_registers_under_the_name_of_its_folder_and_asks_for_each_event_with_its_identifier(
+    extension,
+):
     with ExtensionsApiServer([invoke(), invoke(), SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, api)
     assert (status, stderr) == (0, "")
@@ -36,14 +71,20 @@ def test_registers_under_the_name_of_its_folder_and_asks_for_each_event_with_the
     assert registration.headers["Lambda-Extension-Name"] == NAME
     assert registration.headers["Content-Type"] == "application/json"
     assert registration.json == {"events": ["INVOKE", "SHUTDOWN"]}
-    asked = [(request.method, request.path, request.headers["Lambda-Extension-Identifier"]) for request in requests]
+    asked = [
+        (request.method, request.path, request.headers["Lambda-Extension-Identifier"])
+        for request in requests
+    ]
     assert asked == [("GET", "/2020-01-01/extension/event/next", IDENTIFIER)] * 3
 
 
 def test_asks_for_the_first_event_when_init_has_returned(obedient):
     printed = []
     asked = lambda connection: (printed.append(it.out), connection.sendall(SHUTDOWN))  # noqa: E731
-    with ExtensionsApiServer([asked]) as api, started(obedient, api, AT_INIT="log('Initialized')") as it:
+    with (
+        ExtensionsApiServer([asked]) as api,
+        started(obedient, api, AT_INIT="log('Initialized')") as it,
+    ):
         assert it.wait(20) == 0
     assert re.findall("Registered|Initialized|SHUTDOWN", *printed) == ["Registered", "Initialized"]
 
@@ -65,7 +106,8 @@ def test_sees_no_packages_but_its_own(obedient):
 
 
 def test_waits_for_an_event_without_a_time_limit(obedient):
-    do = "import gc, socket; log([each.gettimeout() for each in gc.get_objects() if isinstance(each, socket.socket)])"
+    sockets = "[each for each in gc.get_objects() if isinstance(each, socket.socket)]"
+    do = f"import gc, socket; log([each.gettimeout() for each in {sockets}])"
     with ExtensionsApiServer([invoke(do=do), invoke(do=do), SHUTDOWN]) as api:
         _, stdout, _ = end_of(obedient, api)
     assert re.findall(r"\] (\[.*\])\n", stdout) == ["[None]", "[None, None]"]
@@ -90,7 +132,9 @@ def test_whatever_the_responses_are_it_is_an_error_in_one_line_or_none(extension
             assert str(error).isprintable()
             assert len(str(error)) < 10 * client.TEXT_LENGTH
 
-    @settings(max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=CASES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(RESPONSES)
     def ask(response):
         def respond(connection):

@@ -1,4 +1,7 @@
-"""What the extension does when something goes wrong: each row of docs/failure-handling.md is a test here."""
+"""What the extension does when something goes wrong.
+
+Each row of docs/failure-handling.md is a test here.
+"""
 
 import json
 import re
@@ -8,7 +11,16 @@ import time
 
 import pytest
 from extension_process import PYTHON, end_of, started
-from extensions_api_server import IDENTIFIER, REGISTERED, SHUTDOWN, ExtensionsApiServer, answer, hangs, invoke, reset
+from extensions_api_server import (
+    IDENTIFIER,
+    REGISTERED,
+    SHUTDOWN,
+    ExtensionsApiServer,
+    answer,
+    hangs,
+    invoke,
+    reset,
+)
 from machine import PROGRAMS, free_port, run, wait_until
 from sample import NAME
 
@@ -16,7 +28,10 @@ NOT_TODAY = {"errorType": "Extension.SomeReason", "errorMessage": "not today"}
 
 
 def fails(extension, api, *words, **environment):
-    """Asserts that the extension exits with 1 and one line on standard error, with these words in it; returns it."""
+    """Asserts that the extension exits with 1 and one line on standard error; returns the line.
+
+    The line must have these words in it.
+    """
     status, _, stderr = end_of(extension, api, **environment)
     assert status == 1
     assert re.fullmatch(rf"\[{NAME}\] .*\n", stderr), stderr
@@ -35,16 +50,35 @@ def reported(api, phase="exit"):
     return request.json
 
 
-@pytest.mark.parametrize("address", [None, "nonsense", "127.0.0.1:port", "http://127.0.0.1:9001",
-    "host with space:9001", ":", ":+9001", "[127.0.0.1]:9001", "user:secret@127.0.0.1:9001"])  # fmt: skip
+@pytest.mark.parametrize(
+    "address",
+    [
+        None,
+        "nonsense",
+        "127.0.0.1:port",
+        "http://127.0.0.1:9001",
+        "host with space:9001",
+        ":",
+        ":+9001",
+        "[127.0.0.1]:9001",
+        "user:secret@127.0.0.1:9001",
+    ],
+)
 def test_aws_lambda_runtime_api_missing_or_malformed(extension, address):
     assert "secret" not in fails(extension, address, "] AWS_LAMBDA_RUNTIME_API is not HOST:PORT")
 
 
-@pytest.mark.parametrize(("address", "reason"), [("no..host:9001", "Unicode"), ("127.0.0.1:99999", ""),
-    ("127.0.0.1:1", "ConnectionRefusedError: [Errno 111] Connection refused\n")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("no..host:9001", "Unicode"),
+        ("127.0.0.1:99999", ""),
+        ("127.0.0.1:1", "ConnectionRefusedError: [Errno 111] Connection refused\n"),
+    ],
+)
 def test_aws_lambda_runtime_api_wrong(extension, address, reason):
-    line = fails(extension, address, f"] POST http://{address}/2020-01-01/extension/register: {reason}")
+    request = f"] POST http://{address}/2020-01-01/extension/register: "
+    line = fails(extension, address, f"{request}{reason}")
     assert re.search(r"/register: \w+Error: \S", line)
 
 
@@ -52,8 +86,10 @@ def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(ex
     for module in "json.py", "requests.py", "sitecustomize.py":
         (tmp_path / module).write_text("raise SystemExit('this module is for the function')")
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret\n")
-    variables = dict.fromkeys(["http_proxy", "all_proxy", "HTTP_PROXY"], f"http://127.0.0.1:{free_port()}")
-    variables |= {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "PYTHONHOME": "/no", "PYTHONWARNINGS": "error"}
+    proxy = f"http://127.0.0.1:{free_port()}"
+    variables = {"http_proxy": proxy, "all_proxy": proxy, "HTTP_PROXY": proxy}
+    variables |= {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    variables |= {"PYTHONHOME": "/no", "PYTHONWARNINGS": "error"}
     variables |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     with ExtensionsApiServer([invoke("Füße, 足, 🦶"), invoke(), SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, f" {api.address}\n", **variables)
@@ -71,7 +107,8 @@ def test_standard_output_closed(extension, closed):
 
 def test_standard_output_read_slowly(obedient):
     """A signal that a library catches interrupts a write in the middle."""
-    ring = "import signal; signal.signal(signal.SIGALRM, lambda *_: None); signal.setitimer(signal.ITIMER_REAL, 0.2)"
+    catch = "import signal; signal.signal(signal.SIGALRM, lambda *_: None)"
+    ring = f"{catch}; signal.setitimer(signal.ITIMER_REAL, 0.2)"
     slowly = "bash", "-c", 'exec "$@" > >(sleep 1; cat)', "bash"
     events = invoke(do=f"{ring}; log('x' * 200_000)"), SHUTDOWN
     with ExtensionsApiServer(events) as api, started(obedient, api, slowly) as it:
@@ -79,23 +116,35 @@ def test_standard_output_read_slowly(obedient):
         wait_until(lambda: f"\n[{NAME}] {'x' * 200_000}\n" in it.out)
 
 
-@pytest.mark.parametrize(("response", "words"), [
-    (answer(300), [": 300"]),
-    (answer(307, Location="http://127.0.0.1:1/"), [": 307"]),
-    (answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()]),
-    (answer(), [": no valid Lambda-Extension-Identifier in the response\n"]),
-    (answer(Lambda_Extension_Identifier="two\twords"), [": no valid Lambda-Extension-Identifier in the response\n"]),
-    (reset, [": "]), (None, [": "]), (b"220 mail.example.com ESMTP\r\n", [": "]),
-])  # fmt: skip
+NO_IDENTIFIER = ": no valid Lambda-Extension-Identifier in the response\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (answer(300), [": 300"]),
+        (answer(307, Location="http://127.0.0.1:1/"), [": 307"]),
+        (answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()]),
+        (answer(), [NO_IDENTIFIER]),
+        (answer(Lambda_Extension_Identifier="two\twords"), [NO_IDENTIFIER]),
+        (reset, [": "]),
+        (None, [": "]),
+        (b"220 mail.example.com ESMTP\r\n", [": "]),
+    ],
+)
 def test_a_registration_that_is_refused_or_not_answered_as_documented(extension, response, words):
     with ExtensionsApiServer(register=[response]) as api:
-        fails(extension, api, f"] POST http://{api.address}/2020-01-01/extension/register: ", *words)
+        request = f"] POST http://{api.address}/2020-01-01/extension/register: "
+        fails(extension, api, request, *words)
         assert len(api.requests) == 1
 
 
 @pytest.fixture(params=[[], [invoke("one")]], ids=["first", "further"])
 def before(request):
-    """The events before the one that matters: the first comes by another HTTP client than all further ones."""
+    """The events before the one that matters.
+
+    The first event comes by another HTTP client than all further ones.
+    """
     return request.param
 
 
@@ -109,18 +158,30 @@ def ends_after(content):
     return send
 
 
-@pytest.mark.parametrize(("response", "words"), [
-    (answer(300), [": 300"]),
-    (answer(302, Location="http://127.0.0.1:1/"), [": 302"]),
-    (answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()]),
-    *((answer(body=body), [f": not an event: {body[:4].decode(errors='ignore')}".rstrip()])
-      for body in (b"", b"soon", b"\xff\xfe", b"5", b"[]", b"{}", b'{"eventType": null}', b"[" * 9_999)),
-    (None, [": "]), (reset, [": "]), (b"hello\r\n\r\n", [": "]),
-    (ends_after(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"), [": "]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("response", "words"),
+    [
+        (answer(300), [": 300"]),
+        (answer(302, Location="http://127.0.0.1:1/"), [": 302"]),
+        (answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()]),
+        (answer(body=b""), [": not an event:"]),
+        (answer(body=b"soon"), [": not an event: soon"]),
+        (answer(body=b"\xff\xfe"), [": not an event:"]),
+        (answer(body=b"5"), [": not an event: 5"]),
+        (answer(body=b"[]"), [": not an event: []"]),
+        (answer(body=b"{}"), [": not an event: {}"]),
+        (answer(body=b'{"eventType": null}'), [': not an event: {"ev']),
+        (answer(body=b"[" * 9_999), [": not an event: [[[["]),
+        (None, [": "]),
+        (reset, [": "]),
+        (b"hello\r\n\r\n", [": "]),
+        (ends_after(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"), [": "]),
+    ],
+)
 def test_an_event_that_is_refused_or_not_sent_as_documented(extension, before, response, words):
     with ExtensionsApiServer([*before, response]) as api:
-        line = fails(extension, api, f"] GET http://{api.address}/2020-01-01/extension/event/next: ", *words)
+        request = f"] GET http://{api.address}/2020-01-01/extension/event/next: "
+        line = fails(extension, api, request, *words)
         assert len(api.asked("event/next")) == len(before) + 1
         report = reported(api)
     assert report["errorMessage"] in line
@@ -128,7 +189,8 @@ def test_an_event_that_is_refused_or_not_sent_as_documented(extension, before, r
 
 
 def test_an_unknown_event_type(extension):
-    with ExtensionsApiServer([answer(body={"eventType": "\x1b" + 100 * "x"}), invoke("after"), SHUTDOWN]) as api:
+    unknown = answer(body={"eventType": "\x1b" + 100 * "x"})
+    with ExtensionsApiServer([unknown, invoke("after"), SHUTDOWN]) as api:
         status, stdout, _ = end_of(extension, api)
     assert status == 0
     assert f"[{NAME}] Ignored an unknown event: '\\x1b{99 * 'x'}'\n" in stdout
@@ -144,14 +206,21 @@ def test_connection_closed_between_events(extension):
     assert re.findall(r'"requestId": "(\d+)"', stdout) == [str(number) for number in range(20)]
 
 
-@pytest.mark.parametrize(("do", "name", "text"), [
-    ("{}['no such key']", "KeyError", "'no such key'"),
-    ("sys.exit(0)", "SystemExit", "0"),
-    ("raise Exception('x' * 1001)", "Exception", 1000 * "x"),
-    ("raise KeyboardInterrupt", "KeyboardInterrupt", ""),
-    ("raise type('Unlucky', (BaseException,), {'__str__': lambda _: 1 / 0})", "Unlucky", "<exception str() failed>"),
-    ("raise type('Größe\\n', (Exception,), {})('5')", "Gr\\xf6\\xdfe\\n", "5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("do", "name", "text"),
+    [
+        ("{}['no such key']", "KeyError", "'no such key'"),
+        ("sys.exit(0)", "SystemExit", "0"),
+        ("raise Exception('x' * 1001)", "Exception", 1000 * "x"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt", ""),
+        (
+            "raise type('Unlucky', (BaseException,), {'__str__': lambda _: 1 / 0})",
+            "Unlucky",
+            "<exception str() failed>",
+        ),
+        ("raise type('Größe\\n', (Exception,), {})('5')", "Gr\\xf6\\xdfe\\n", "5"),
+    ],
+)
 def test_a_bug_in_process(obedient, before, do, name, text):
     with ExtensionsApiServer([*before, invoke(do=do), SHUTDOWN]) as api:
         status, _, stderr = end_of(obedient, api)
@@ -203,10 +272,16 @@ def test_an_error_report_that_fails(extension, report):
         assert len(api.asked("exit/error")) == 1
 
 
-@pytest.mark.parametrize(("body", "shown"), [
-    (b"why " * 12_500_000, ": 403 why why "),
-    (b"red \x1b[31m, \a, and\nleft \xe2\x80\xae\xff", r": 403 red \x1b[31m, \x07, and left \u202e\ufffd"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        (b"why " * 12_500_000, ": 403 why why "),
+        (
+            b"red \x1b[31m, \a, and\nleft \xe2\x80\xae\xff",
+            r": 403 red \x1b[31m, \x07, and left \u202e\ufffd",
+        ),
+    ],
+)
 def test_an_explanation_of_any_size_and_content(extension, body, shown):
     with ExtensionsApiServer([answer(403, body)]) as api:
         line = fails(extension, api, shown)
@@ -214,7 +289,10 @@ def test_an_explanation_of_any_size_and_content(extension, body, shown):
 
 
 def test_a_signal_while_a_report_hangs(extension):
-    with ExtensionsApiServer([answer(403, NOT_TODAY)], report=hangs) as api, started(extension, api) as it:
+    with (
+        ExtensionsApiServer([answer(403, NOT_TODAY)], report=hangs) as api,
+        started(extension, api) as it,
+    ):
         wait_until(lambda: api.asked("exit/error"))
         it.terminate()
         assert it.wait(4) == 1
@@ -232,11 +310,15 @@ def stops(it, signum=signal.SIGTERM, seconds=20):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_waiting(obedient, before, signum):
     another_one = f"os.kill(os.getpid(), {signum:d})"
-    with ExtensionsApiServer([*before, hangs]) as api, started(obedient, api, AT_SHUTDOWN=another_one) as it:
+    with (
+        ExtensionsApiServer([*before, hangs]) as api,
+        started(obedient, api, AT_SHUTDOWN=another_one) as it,
+    ):
         wait_until(lambda: len(api.asked("event/next")) == len(before) + 1)
         begin = time.time()
         stops(it, signum, 1)  # not only when the time for a shutdown is over
-        deadline = re.search(f'"shutdownReason": "{signum.name}", "deadlineMs": (\\d+)', it.out).group(1)
+        pattern = f'"shutdownReason": "{signum.name}", "deadlineMs": (\\d+)'
+        deadline = re.search(pattern, it.out).group(1)
         assert begin + 1.5 <= int(deadline) / 1000 + 0.001 <= time.time() + 1.501
 
 
@@ -261,7 +343,8 @@ def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, do, at_shu
         start = time.monotonic()
         it.terminate()
         assert it.wait(20) == 0
-        assert 1.5 <= time.monotonic() - start < 3  # os.system() is a call into C, which returns only after 3 seconds
+        # os.system() is a call into C, which returns only after 3 seconds.
+        assert 1.5 <= time.monotonic() - start < 3
         assert "Done" not in it.out
 
 
@@ -276,12 +359,26 @@ def test_a_signal_after_shutdown(obedient):
                 assert it.wait(20) == 0
 
 
-@pytest.mark.parametrize(("do", "logged"), [
-    ("signal.signal(signal.SIGALRM, lambda *_: log('Rang')); signal.raise_signal(signal.SIGALRM)", "Rang"),
-    ("pid = os.fork() or time.sleep(60); time.sleep(0.2); os.kill(pid, 15); log(os.wait() == (pid, 15))", "True"),
-])  # fmt: skip
+RING = (
+    "signal.signal(signal.SIGALRM, lambda *_: log('Rang'))",
+    "signal.raise_signal(signal.SIGALRM)",
+)
+KILL_A_CHILD = (
+    "pid = os.fork() or time.sleep(60)",
+    "time.sleep(0.2)",
+    "os.kill(pid, 15)",
+    "log(os.wait() == (pid, 15))",
+)
+
+
+@pytest.mark.parametrize(
+    ("do", "logged"), [("; ".join(RING), "Rang"), ("; ".join(KILL_A_CHILD), "True")]
+)
 def test_signals_that_are_not_for_the_extension(obedient, do, logged):
-    with ExtensionsApiServer([invoke(do=f"import signal; {do}"), hangs]) as api, started(obedient, api) as it:
+    with (
+        ExtensionsApiServer([invoke(do=f"import signal; {do}"), hangs]) as api,
+        started(obedient, api) as it,
+    ):
         wait_until(lambda: len(api.asked("event/next")) == 2)
         assert f"] {logged}\n" in it.out
         time.sleep(2)
@@ -290,10 +387,12 @@ def test_signals_that_are_not_for_the_extension(obedient, do, logged):
 
 def test_a_signal_at_any_moment(extension):
     with ExtensionsApiServer([invoke("event")]) as api:
-        program, environment = PROGRAMS / "signal_at_any_moment.py", {"AWS_LAMBDA_RUNTIME_API": api.address}
+        program = PROGRAMS / "signal_at_any_moment.py"
+        environment = {"AWS_LAMBDA_RUNTIME_API": api.address}
         ran = run(*PYTHON, program, extension.parent, env=environment, timeout=300)
         assert ran.returncode == 0, ran.stderr
         assert len(api.asked("event/next")) == 3
     endings = json.loads(ran.stdout.splitlines()[-1])
     assert len(endings) > 100
-    assert {place: it for place, it in endings.items() if it not in ("0 SHUTDOWN", "0 INVOKESHUTDOWN")} == {}
+    good = "0 SHUTDOWN", "0 INVOKESHUTDOWN"
+    assert {place: ending for place, ending in endings.items() if ending not in good} == {}

@@ -31,12 +31,13 @@ def inside(image, script):
 def runs(image, *options, extension=NAME):
     """Asserts that a container answers, and that the extension logs the event."""
     port = free_port()
-    container = run("docker", "run", "--rm", "--detach", *options, "--publish", f"127.0.0.1:{port}:8080", image)
-    name = container.stdout.strip()
+    start = "docker", "run", "--rm", "--detach", f"--publish=127.0.0.1:{port}:8080"
+    name = run(*start, *options, image).stdout.strip()
+    url = f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations"
 
     def invoke():
         with contextlib.suppress(OSError):
-            return post(f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations", timeout=60)
+            return post(url, timeout=60)
 
     try:
         assert json.loads(wait_until(invoke, 60)) == HELLO
@@ -46,27 +47,42 @@ def runs(image, *options, extension=NAME):
 
 
 def test_stray_and_hidden_files_stay_out(copy, base_image):
-    replace(copy / "Dockerfile", "COPY *.py .${LAMBDA_TASK_ROOT}/\n", "COPY *.py data* .${LAMBDA_TASK_ROOT}/data/\n")
-    strays = "{0}/.DS_Store", "{0}/{0}~", "{0}/notes.txt", "extensions/{0}~", "extensions/.{0}.swp", "data/in/.env"
+    replace(
+        copy / "Dockerfile",
+        "COPY *.py .${LAMBDA_TASK_ROOT}/\n",
+        "COPY *.py data* .${LAMBDA_TASK_ROOT}/data/\n",
+    )
+    strays = (
+        "{0}/.DS_Store",
+        "{0}/{0}~",
+        "{0}/notes.txt",
+        "extensions/{0}~",
+        "extensions/.{0}.swp",
+        "data/in/.env",
+    )
     for path in *strays, "data/.aws/credentials", "data/shown":
         path = copy / path.format(NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text")
     image = build(copy, "strays", base_image)
-    files = inside(image, "cd /opt && find -maxdepth 2 -type f && find /var/task/data -type f ! -name '*.py*'").split()
+    find = "cd /opt && find -maxdepth 2 -type f && find /var/task/data -type f ! -name '*.py*'"
+    files = inside(image, find).split()
     code = [f"./{NAME}/{path.name}" for path in copy.glob(f"{NAME}/*.py")]
     assert sorted(files) == sorted(["/var/task/data/shown", f"./extensions/{NAME}", *code])
 
 
-def test_any_user_can_run_it_read_only_and_without_capabilities_whatever_the_checkout(copy, base_image):
+def test_any_user_can_run_it_read_only_and_without_capabilities_whatever_the_checkout(
+    copy, base_image
+):
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
         if path.is_file() and b"\r\n" not in (text := path.read_bytes()):
             path.write_bytes(text.replace(b"\n", b"\r\n"))
     image = build(copy, "checkout", base_image)
-    assert inside(image, "find /opt /var/task /var/runtime ! -user root -o -perm /022 ! -type l") == ""
+    find = "find /opt /var/task /var/runtime ! -user root -o -perm /022 ! -type l"
+    assert inside(image, find) == ""
     assert inside(image, "stat -Lc %a /var/runtime/bootstrap") == "755\n"
-    options = "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--workdir", "/tmp"
+    options = "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--workdir=/tmp"
     runs(image, *options, "--user", "12345:54321")
 
 
@@ -76,16 +92,19 @@ def test_it_trusts_certificate_authorities(image):
 
 
 def test_it_adds_at_most_62_mb_with_separate_dependencies_and_without_pip(base_image, image):
-    sizes = run("docker", "image", "inspect", "--format", "{{.Size}}", image, base_image).stdout.split()
+    inspected = run("docker", "image", "inspect", "--format", "{{.Size}}", image, base_image)
+    sizes = inspected.stdout.split()
     assert int(sizes[0]) - int(sizes[1]) <= 62_000_000
     names = "-name requests -o -name awslambdaric -o -name pip -o -path '/var/lib/apt/lists/*'"
-    assert sorted(inside(image, f"find / -xdev {names}").split()) == [f"/opt/{NAME}/requests", "/var/task/awslambdaric"]
+    found = sorted(inside(image, f"find / -xdev {names}").split())
+    assert found == [f"/opt/{NAME}/requests", "/var/task/awslambdaric"]
 
 
 def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
     touch = "find /opt /var/task -name '*.py' -exec touch {} +"
     extension = f"cd /opt/{NAME} && python3 -v -E -S -c 'import lifecycle, requests, http.client'"
-    function = "cd /var/task && python3 -v -c 'import awslambdaric.__main__, awslambdaric.bootstrap, lambda_function'"
+    modules = "awslambdaric.__main__, awslambdaric.bootstrap, lambda_function"
+    function = f"cd /var/task && python3 -v -c 'import {modules}'"
     for imports in extension, function:
         trace = inside(image, f"{touch}; ({imports}) 2>&1")
         assert "matches /" in trace
@@ -94,14 +113,16 @@ def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
 
 def test_the_extension_runs_in_another_image(image, tmp_path):
     copy = COPY.replace(f"--from={NAME}", f"--from={image}")
-    (tmp_path / "Dockerfile").write_text(f"FROM {image}\nUSER root\nRUN rm -r /opt/*\n{copy}USER 12345\n")
+    lines = f"FROM {image}\nUSER root\nRUN rm -r /opt/*\n{copy}USER 12345\n"
+    (tmp_path / "Dockerfile").write_text(lines)
     runs(build(tmp_path, "own", image))
 
 
 def test_an_edit_of_code_installs_no_dependency_again(copy, base_image):
     def install_times():
-        files = f"/opt/{NAME}/requests/api.py /var/task/awslambdaric/bootstrap.py /usr/local/bin/aws-lambda-rie"
-        return inside(build(copy, "edited", base_image), f"stat -c %Y {files}")
+        image = build(copy, "edited", base_image)
+        packages = f"/opt/{NAME}/requests/api.py /var/task/awslambdaric/bootstrap.py"
+        return inside(image, f"stat -c %Y {packages} /usr/local/bin/aws-lambda-rie")
 
     before = install_times()
     for code in "lambda_function.py", f"{NAME}/extension.py":
@@ -121,14 +142,15 @@ def test_a_lock_file_without_hashes_is_refused(copy, base_image):
 @pytest.mark.usefixtures("engine")
 def test_it_builds_and_runs_on_arm64(sample):
     on_arm64 = "--platform", "linux/arm64"
-    if run("docker", "run", "--rm", *on_arm64, ARM64_BASE_IMAGE, "uname", "-m").stdout != "aarch64\n":
+    cpu = run("docker", "run", "--rm", *on_arm64, ARM64_BASE_IMAGE, "uname", "-m").stdout
+    if cpu != "aarch64\n":
         missing("no base image for arm64, or no emulation")
     runs(build(sample, "arm64", ARM64_BASE_IMAGE, *on_arm64), *on_arm64)
 
 
 @pytest.fixture(scope="session")
 def layer(folder):
-    """The layer of a renamed copy, made by a user whose files nobody else can read, and unpacked."""
+    """The layer of a renamed copy, made by a user whose files nobody else can read; unpacked."""
     sample, target = folder / "renamed", folder / "layer"
     rename(copy_sample(sample), RENAMED)
     made = run(sample / "scripts" / "build-layer", umask=0o077)
@@ -139,12 +161,13 @@ def layer(folder):
     return target
 
 
-def test_the_layer_holds_the_extension_and_its_launcher_for_any_cpu_with_bytecode_that_ignores_file_times(layer):
-    assert {path.relative_to(layer).as_posix() for path in layer.glob("extensions/*")} == {f"extensions/{RENAMED}"}
+def test_the_layer_holds_extension_and_launcher_for_any_cpu_and_bytecode_for_any_file_times(layer):
+    assert {path.name for path in layer.glob("extensions/*")} == {RENAMED}
     assert {path.name for path in layer.iterdir()} == {"extensions", RENAMED}
     assert not [*layer.rglob("*.so")]
     for source in layer.rglob("*.py"):
-        unchecked_hash = (0b01).to_bytes(4, "little") + importlib.util.source_hash(source.read_bytes())
+        source_hash = importlib.util.source_hash(source.read_bytes())
+        unchecked_hash = (0b01).to_bytes(4, "little") + source_hash
         compiled = Path(importlib.util.cache_from_source(source)).read_bytes()
         assert compiled.startswith(importlib.util.MAGIC_NUMBER + unchecked_hash)
 

@@ -1,4 +1,7 @@
-"""The run script without Docker: what it installs, how it recovers, and how it isolates a run, or links into /opt."""
+"""The run script without Docker.
+
+What it installs, how it recovers, and how it isolates a run, or links into /opt.
+"""
 
 import os
 import signal
@@ -20,7 +23,9 @@ def fresh(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("seconds", [0.2, 1.5])
-def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_works(fresh, signum, seconds):
+def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_works(
+    fresh, signum, seconds
+):
     with running(fresh, "--no-docker", wait=False) as it:
         wait_until(lambda: list(fresh.glob(".run/run.*")))
         time.sleep(seconds)
@@ -38,7 +43,10 @@ def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fre
         options = {"user": 12345, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
         for path in [fresh, *fresh.rglob("*")]:
             os.chown(path, 12345, 12345)
-    with running(fresh, "--no-docker", wait=False, **options) as one, running(fresh, "--no-docker", **options) as other:
+    with (
+        running(fresh, "--no-docker", wait=False, **options) as one,
+        running(fresh, "--no-docker", **options) as other,
+    ):
         one.wait_until_ready()
         assert (one.output + other.output).count("installing the dependencies") == 1
         for it in one, other:
@@ -61,13 +69,21 @@ def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh):
 @pytest.mark.slow
 def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(fresh, tmp_path):
     def tree():
-        return {path for folder in (fresh, tmp_path) for path in folder.rglob("*") if ".run" not in path.parts}
+        paths = *fresh.rglob("*"), *tmp_path.rglob("*")
+        return {path for path in paths if ".run" not in path.parts}
 
     before = tree()
-    settings = {"PREFIX": f"{tmp_path}/prefix", "USER": "1", "REQUIRE_VIRTUALENV": "1", "NO_BINARY": ":all:"}
     # pip asks rustc for its version, and rustup then writes its settings.
-    path = ":".join(folder for folder in os.environ["PATH"].split(":") if not os.path.exists(f"{folder}/rustc"))
-    environment = {f"PIP_{name}": value for name, value in settings.items()} | {"HOME": str(tmp_path), "PATH": path}
+    folders = os.environ["PATH"].split(":")
+    path = ":".join(each for each in folders if not os.path.exists(f"{each}/rustc"))
+    environment = {
+        "HOME": str(tmp_path),
+        "PATH": path,
+        "PIP_PREFIX": f"{tmp_path}/prefix",
+        "PIP_USER": "1",
+        "PIP_REQUIRE_VIRTUALENV": "1",
+        "PIP_NO_BINARY": ":all:",
+    }
     with running(fresh, "--no-docker", TMPDIR=str(tmp_path), PYTHONHOME="/no", **environment) as it:
         assert it.invoke() == HELLO
         assert not os.path.exists(f"/opt/{NAME}")
@@ -86,25 +102,35 @@ def test_the_next_run_installs_again_after_an_edit_of_the_pins(copy):
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(evaluating):
+def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(
+    evaluating,
+):
     (evaluating / "lambda_function.py").rename(evaluating / "other.py")
-    replace(evaluating / "Dockerfile", 'CMD ["lambda_function.lambda_handler"]', 'CMD [ "other.lambda_handler" ] ')
+    replace(
+        evaluating / "Dockerfile",
+        'CMD ["lambda_function.lambda_handler"]',
+        'CMD [ "other.lambda_handler" ] ',
+    )
     with running(evaluating, "--no-docker") as it:
         assert "template.yaml" in it.invoke({"do": "os.listdir()"})
-        assert {NAME, "extensions", *os.listdir("/opt")} <= {*it.invoke({"do": "os.listdir('/opt')"})}
+        shown = it.invoke({"do": "os.listdir('/opt')"})
+        assert {NAME, "extensions", *os.listdir("/opt")} <= {*shown}
         assert NAME in it.invoke({"do": "os.listdir('/opt/extensions')"})
         assert str(os.getpid()) not in it.invoke({"do": "os.listdir('/proc')"})
         assert it.invoke({"do": "__import__('pip')"})["errorType"] == "ModuleNotFoundError"
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_without_namespaces_it_links_into_opt_for_the_duration_of_the_run_and_replaces_only_dead_links(copy, tmp_path):
+def test_without_namespaces_it_links_into_opt_while_it_runs_and_replaces_only_dead_links(
+    copy, tmp_path
+):
     def linking(**options):
-        variables = {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path)}
-        return running(copy, "--no-docker", script=PROGRAMS / "without_namespaces.sh", **variables, **options)
+        options |= {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path)}
+        return running(copy, "--no-docker", script=PROGRAMS / "without_namespaces.sh", **options)
 
     with linking() as it:
-        assert f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n" in it.output
+        said = f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n"
+        assert said in it.output
         os.killpg(it.pid, signal.SIGKILL)
         wait_until(lambda: not processes_of(copy))
         assert {*os.listdir(tmp_path)} == {"extensions", NAME}
@@ -115,5 +141,6 @@ def test_without_namespaces_it_links_into_opt_for_the_duration_of_the_run_and_re
     (tmp_path / "extensions").mkdir()
     with linking(wait=False) as it:
         assert it.wait(60) == 1
-        assert f"{NAME}: cannot link into /opt; end the run that uses it, or use --docker, or root\n" in it.output
+        said = "cannot link into /opt; end the run that uses it, or use --docker, or root"
+        assert f"{NAME}: {said}\n" in it.output
     assert os.listdir(tmp_path) == ["extensions"]

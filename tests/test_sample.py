@@ -1,4 +1,7 @@
-"""The sample in Docker and without: every way to invoke it, what a function can do to it, and another name for it."""
+"""The sample in Docker and without.
+
+Every way to invoke it, what a function can do to it, and another name for it.
+"""
 
 import contextlib
 import http.client
@@ -30,7 +33,10 @@ def curl(it):
 
 
 def invoke_again(it, event=None):
-    """Invokes after a failure, until AWS's emulator, cleaning up late, no longer cancels the invocation."""
+    """Invokes after a failure, until AWS's emulator no longer cancels the invocation.
+
+    The emulator cleans up late.
+    """
 
     def answer():
         got = it.invoke(event)
@@ -45,7 +51,8 @@ def test_curl_gets_hello_from_lambda(shared):
 
 @pytest.mark.slow
 def test_the_aws_cli_gets_hello_from_lambda(shared, tmp_path):
-    command, answer = [tool("aws"), "lambda", "invoke", "--function-name", "function"], tmp_path / "answer.json"
+    answer = tmp_path / "answer.json"
+    command = [tool("aws"), "lambda", "invoke", "--function-name", "function"]
     if "aws-cli/1" not in run(tool("aws"), "--version").stdout:
         command += ["--cli-binary-format", "raw-in-base64-out"]
     command += ["--payload", '{"key": "value"}', "--endpoint-url", shared.endpoint, answer]
@@ -65,22 +72,30 @@ def test_boto3_gets_hello_from_lambda(shared, monkeypatch):
 def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared):
     assert all(shared.invoke() == HELLO for _ in range(100))
     wait_until(lambda: shared.received == re.findall(r"(?m)^START RequestId: (\S+)", shared.output))
-    assert shared.output.count("Launching extension") == shared.output.count("Registered with ID") == 1
+    assert shared.output.count("Launching extension") == 1
+    assert shared.output.count("Registered with ID") == 1
     if start.option == "--docker":
         commands = run("docker", "top", shared.container, "-eo", "pid,args").stdout.splitlines()
     else:
         commands = processes_of(sample)
-    (extension,) = [command for command in commands if re.search(rf" /opt/(extensions/)?{NAME}", command)]
-    assert re.search(rf"python3 -\S.* /opt/{NAME}/extension.py$", extension)  # the launcher has become it
+    (extension,) = [each for each in commands if re.search(rf" /opt/(extensions/)?{NAME}", each)]
+    # The launcher has become it.
+    assert re.search(rf"python3 -\S.* /opt/{NAME}/extension.py$", extension)
 
 
-@pytest.mark.parametrize(("do", "answer", "reason"), [
-    ("time.sleep(60)", f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
-    ("os._exit(3)", "Runtime.ExitError", "ReleaseFail"),
-])  # fmt: skip
-def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(start, evaluating, do, answer, reason):
+@pytest.mark.parametrize(
+    ("do", "answer", "reason"),
+    [
+        ("time.sleep(60)", f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
+        ("os._exit(3)", "Runtime.ExitError", "ReleaseFail"),
+    ],
+)
+def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(
+    start, evaluating, do, answer, reason
+):
     with start(evaluating, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
-        assert it.invoke({"do": "1 / 0"})["errorType"] == "ZeroDivisionError"  # not a reason to restart
+        # An exception is not a reason to restart.
+        assert it.invoke({"do": "1 / 0"})["errorType"] == "ZeroDivisionError"
         assert answer in str(it.invoke({"do": do}))
         assert invoke_again(it, {"still": "here"}) == {"still": "here"}
         assert f'"shutdownReason": "{reason}"' in it.output
@@ -88,11 +103,16 @@ def test_a_function_that_takes_too_long_or_dies_restarts_with_the_extension(star
         wait_until(lambda: '"INVOKE"' in it.output.split("Registered with ID")[2])
 
 
-@pytest.mark.parametrize(("failure", "answer"), [
-    ("raise ValueError", (json.dumps(HELLO), 502)),
-    ("signal.pause()", (f"Task timed out after {TIMEOUT}.00 seconds", 200)),
-])  # fmt: skip
-def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_starts_again(start, copy, tmp_path, failure, answer):
+@pytest.mark.parametrize(
+    ("failure", "answer"),
+    [
+        ("raise ValueError", (json.dumps(HELLO), 502)),
+        ("signal.pause()", (f"Task timed out after {TIMEOUT}.00 seconds", 200)),
+    ],
+)
+def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_starts_again(
+    start, copy, tmp_path, failure, answer
+):
     extension = copy / NAME / "extension.py"
     replace(extension, "    log(", f"    {once(tmp_path, failure)}    log(")
     replace(extension, "import json", "import json, os, signal")

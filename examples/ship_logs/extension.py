@@ -11,7 +11,8 @@ from extensions_api import ExtensionsApiError
 from lifecycle import api, log, run
 
 batches = Batches()
-done = collections.deque(maxlen=100)  # request IDs of the last invocations that the function has finished
+# Request IDs of the last invocations that the function has finished.
+done = collections.deque(maxlen=100)
 subscribed = threading.Event()
 
 
@@ -26,12 +27,19 @@ class _Receiver(BaseHTTPRequestHandler):
 
 
 def init():
-    """Subscribes to the Telemetry API: https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html."""
+    """Subscribes to the Telemetry API.
+
+    https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html
+    """
     batches.start()
     server = ThreadingHTTPServer(("", 0), _Receiver)
-    # The schema that Managed Instances know; not the type "extension": its own lines would come back; the least delay.
-    subscription = {"schemaVersion": "2025-01-29", "types": ["platform", "function"], "buffering": {"timeoutMs": 25}}
-    subscription["destination"] = {"protocol": "HTTP", "URI": f"http://sandbox.localdomain:{server.server_port}"}
+    address = f"http://sandbox.localdomain:{server.server_port}"
+    subscription = {
+        "schemaVersion": "2025-01-29",  # which Managed Instances know
+        "types": ["platform", "function"],  # not "extension": its own lines would come back
+        "buffering": {"timeoutMs": 25},  # the least delay
+        "destination": {"protocol": "HTTP", "URI": address},
+    }
     try:
         status, _, _ = api.send("PUT", "/2022-07-01/telemetry", subscription)
     except ExtensionsApiError as error:
@@ -45,7 +53,10 @@ def init():
 
 
 def process(event):
-    """Waits until the function has finished, and sends what is due: then the environment may be frozen."""
+    """Waits until the function has finished, and sends what is due.
+
+    Then the environment may be frozen.
+    """
     if event["eventType"] == "SHUTDOWN":
         time.sleep(0.2)  # the last records are on their way
     elif subscribed.is_set():

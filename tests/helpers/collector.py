@@ -9,7 +9,10 @@ TOKEN = "secret"
 
 
 class Collector(ExtensionsApiServer):
-    """Answers one batch after the other; the last answer repeats. It keeps what it was sent, whatever it answered."""
+    """Answers one batch after the other; the last answer repeats.
+
+    It keeps what it was sent, whatever it answered.
+    """
 
     def __init__(self, *answers):
         super().__init__()
@@ -46,7 +49,11 @@ def drips(start):
 
 
 # Some hundred kilobytes that are 200 megabytes for those who read them.
-BOMB = {"body": gzip.compress(bytes(2_000_000)) * 100, "Content_Encoding": "gzip", "Location": "/elsewhere"}
+BOMB = {
+    "body": gzip.compress(bytes(2_000_000)) * 100,
+    "Content_Encoding": "gzip",
+    "Location": "/elsewhere",
+}
 # What a collector does with a batch that it has taken.
 SUCCESSES = {
     "works": answer(),

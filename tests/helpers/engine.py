@@ -6,15 +6,18 @@ import re
 import pytest
 from machine import ROOT, missing, run, tool
 
-DEFAULT_BASE_IMAGE = re.search("(?m)^ARG BASE_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text()).group(1)
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+DEFAULT_BASE_IMAGE = re.search("(?m)^ARG BASE_IMAGE=(.*)$", DOCKERFILE).group(1)
+BASE_IMAGE = os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)
 # On CI more than one, such as "debian:bookworm debian:trixie".
-BASE_IMAGES = os.environ.get("BASE_IMAGES", os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)).split()
+BASE_IMAGES = os.environ.get("BASE_IMAGES", BASE_IMAGE).split()
 TEST_IMAGE = f"sample-test-{os.getpid()}"  # the name of the images that this process builds
 
 
 def pulled(image):
     """The image's name, after pulling the image if necessary."""
-    if run("docker", "image", "inspect", image).returncode != 0 and run("docker", "pull", image).returncode != 0:
+    is_here = run("docker", "image", "inspect", image).returncode == 0
+    if not is_here and run("docker", "pull", image).returncode != 0:
         missing(f"no base image {image}")
     return image
 
@@ -27,7 +30,8 @@ def first_base_image():
 def build(folder, tag, base_image, *options):
     """Builds an image with the engine's own builder, and returns its name."""
     name = tag if ":" in tag else f"{TEST_IMAGE}:{tag}"
-    built = run("docker", "build", "--tag", name, "--build-arg", f"BASE_IMAGE={base_image}", *options, folder)
+    argument = f"--build-arg=BASE_IMAGE={base_image}"
+    built = run("docker", "build", "--tag", name, argument, *options, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return name
 
@@ -38,8 +42,8 @@ def engine():
     if run(tool("docker"), "version").returncode != 0:
         missing("no Docker engine on this machine")
     yield
-    images = run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}", TEST_IMAGE).stdout.split()
-    run("docker", "image", "rm", "--force", *images)
+    images = run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}", TEST_IMAGE)
+    run("docker", "image", "rm", "--force", *images.stdout.split())
 
 
 @pytest.fixture(scope="session", params=BASE_IMAGES)

@@ -24,7 +24,10 @@ class ExtensionProcess(Logged):
 
 
 def started(extension, api, prefix=(), **environment):
-    """Starts the extension as its launcher does, against that API (a server, an address as str, or None)."""
+    """Starts the extension as its launcher does, against that API.
+
+    The API is a server, an address as str, or None.
+    """
     environment = {"PATH": os.environ["PATH"]} | environment
     if api:
         environment["AWS_LAMBDA_RUNTIME_API"] = getattr(api, "address", api)
@@ -49,7 +52,8 @@ def variant(extension, folder, files):
 def extension(folder):
     """The extension with its dependencies, in a folder of its name."""
     target, requirements = folder / NAME, ROOT / NAME / "requirements.txt"
-    installed = run("python3", "-m", "pip", "install", "--quiet", "--target", target, "-r", requirements)
+    pip = "python3", "-m", "pip", "install", "--quiet"
+    installed = run(*pip, "--target", target, "-r", requirements)
     assert installed.returncode == 0, installed.stderr
     for source in (ROOT / NAME).glob("*.py"):
         shutil.copy(source, target)

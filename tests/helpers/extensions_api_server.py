@@ -1,7 +1,7 @@
 """A Lambda Extensions API on loopback, scripted by the test.
 
-An answer is bytes, sent as they are, or a function that gets the connection (a socket) and does what it likes with it.
-An answer of None, or a function that raises OSError, ends the connection.
+An answer is bytes, sent as they are, or a function that gets the connection (a socket) and does
+what it likes with it. An answer of None, or a function that raises OSError, ends the connection.
 """
 
 import contextlib
@@ -22,14 +22,18 @@ def answer(status=200, body=b"", **headers):
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
     headers = {"Content_Length": len(body)} | headers
-    lines = [f"HTTP/1.1 {status} Status", *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    lines = [
+        f"HTTP/1.1 {status} Status",
+        *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
+    ]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def invoke(request_id="request-1", seconds=3600, **more):
     """An invocation that must end so many seconds later."""
     deadline = int((time.time() + seconds) * 1000)
-    return answer(body={"eventType": "INVOKE", "requestId": request_id, "deadlineMs": deadline, **more})
+    event = {"eventType": "INVOKE", "requestId": request_id, "deadlineMs": deadline}
+    return answer(body=event | more)
 
 
 def reset(connection):
@@ -58,8 +62,10 @@ class _Connection(socketserver.StreamRequestHandler):
                 headers = http.client.parse_headers(self.rfile)
                 body = self.rfile.read(int(headers.get("Content-Length", 0)))
                 content = json.loads(body or "null")
-                server.requests.append(types.SimpleNamespace(method=method, path=path, headers=headers, json=content))
-                answers = next(answers for end, answers in server.answers.items() if path.endswith(end))
+                request = types.SimpleNamespace(method=method, path=path, headers=headers)
+                request.json = content
+                server.requests.append(request)
+                answers = next(each for end, each in server.answers.items() if path.endswith(end))
                 answer = answers.pop(0) if len(answers) > 1 else answers[0]
                 if answer is None:
                     return
@@ -70,18 +76,25 @@ class _Connection(socketserver.StreamRequestHandler):
 
 
 class ExtensionsApiServer(socketserver.ThreadingTCPServer):
-    """Answers registrations with `register`, one after the other, requests for events with `events`, reports with 202.
+    """Answers each request with the next of the answers for its kind.
 
-    The last answer of each repeats. It keeps the requests: method, path, headers, and the body from JSON as `json`.
+    These are `register` for registrations, `events` for requests for events, and 202 for reports.
+    The last answer of each repeats. It keeps the requests: method, path, headers, and the body from
+    JSON as `json`.
     """
 
     daemon_threads = True
-    shutdown_request = socketserver.TCPServer.close_request  # after a reset there is nothing to shut down
+    # After a reset there is nothing to shut down.
+    shutdown_request = socketserver.TCPServer.close_request
 
     def __init__(self, events=(), register=(REGISTERED,), report=REPORTED):
         super().__init__(("127.0.0.1", 0), _Connection)
         self.address = f"127.0.0.1:{self.server_address[1]}"
-        self.answers = {"register": [*register], "event/next": [*events] or [hangs], "error": [report]}
+        self.answers = {
+            "register": [*register],
+            "event/next": [*events] or [hangs],
+            "error": [report],
+        }
         self.requests, self.connections = [], 0
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 

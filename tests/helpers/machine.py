@@ -18,9 +18,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "tests" / "programs"
 TOOLS = ROOT / ".venv" / "tools" / "bin"
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # the number of this process
+# The number of this process.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # The AWS CLI and the SDKs require these even for localhost.
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "eu-central-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "any",
+    "AWS_SECRET_ACCESS_KEY": "any",
+    "AWS_DEFAULT_REGION": "eu-central-1",
+}
 # For the tests of the Daemon alone. The workers of pytest-xdist inherit the environment.
 DAEMON = os.environ.setdefault("DAEMON_OF_TESTS", os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", ""))
 
@@ -34,17 +39,25 @@ def missing(what):
 
 def tool(name):
     """The path of a command that not every machine has."""
-    return shutil.which(name, path=f"{TOOLS}:{os.environ['PATH']}") or missing(f"no {name} on this machine")
+    found = shutil.which(name, path=f"{TOOLS}:{os.environ['PATH']}")
+    return found or missing(f"no {name} on this machine")
 
 
 def real_daemon():
-    """The path of the Lambda Runtime API Daemon, which has no package; skips the test if it is not named."""
-    return DAEMON or pytest.skip("no Daemon: LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon")
+    """The path of the Lambda Runtime API Daemon, which has no package.
+
+    Skips the test if it is not named.
+    """
+    remedy = "LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon"
+    return DAEMON or pytest.skip(f"no Daemon: {remedy}")
 
 
 @functools.cache
 def need_namespaces():
-    """Skips the test where namespaces are refused: without them two runs would get in each other's way in /opt."""
+    """Skips the test where namespaces are refused.
+
+    Without them two runs would get in each other's way in /opt.
+    """
     unshare = "unshare --mount --pid --fork"
     if run("sh", "-c", f"{unshare} true || {unshare} --map-root-user true").returncode != 0:
         pytest.skip("this machine, or this container, has no namespaces")
@@ -52,15 +65,18 @@ def need_namespaces():
 
 def run(*command, **options):
     """Runs a command to its end and returns its CompletedProcess, with the output as text."""
-    return subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, **options)
+    words = [str(word) for word in command]
+    return subprocess.run(words, check=False, capture_output=True, text=True, **options)
 
 
 class Logged(subprocess.Popen):
     """A process whose output and error output can be read while it runs."""
 
     def __init__(self, command, **options):
-        self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 - Docker would mix lines in one
-        super().__init__([*map(str, command)], stdout=self._files[0], stderr=self._files[1], **options)
+        # Two, because Docker would mix lines in one.
+        self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
+        out, err = self._files
+        super().__init__([*map(str, command)], stdout=out, stderr=err, **options)
 
     def __exit__(self, *error):
         self.kill()  # it may still run, also when its test has failed, and would be waited for
@@ -91,7 +107,8 @@ def free_port():
 def post(url, payload=b"{}", timeout=30, **headers):
     """Posts the payload (bytes) and returns the body of the answer (bytes), whatever its status."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, payload, headers), timeout=timeout) as answer:
+        request = urllib.request.Request(url, payload, headers)
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.read()
     except urllib.error.HTTPError as error:
         return error.read()
@@ -103,6 +120,8 @@ def processes_of(sample):
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = process.joinpath("cmdline").read_text().replace("\0", " ").strip()
-            if str(sample) in command + os.readlink(process / "cwd") + process.joinpath("environ").read_text():
+            folder = os.readlink(process / "cwd")
+            environ = process.joinpath("environ").read_text()
+            if str(sample) in command + folder + environ:
                 found.append(command)
     return found

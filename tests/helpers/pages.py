@@ -4,7 +4,10 @@ import re
 
 from machine import ROOT
 
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+}
 
 
 def code_blocks(page, title, language="sh"):
@@ -16,4 +19,6 @@ def code_blocks(page, title, language="sh"):
 def rows(text):
     """The rows of the tables in a text, without their headings, as lists of cells."""
     lines = re.findall(r"(?m)^\|(.+)\|$(?!\n\|---)", text)
-    return [[cell.strip() for cell in line.split("|")] for line in lines if not line.startswith("---")]
+    return [
+        [cell.strip() for cell in line.split("|")] for line in lines if not line.startswith("---")
+    ]

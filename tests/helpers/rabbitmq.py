@@ -1,4 +1,4 @@
-"""A real RabbitMQ, the one of examples/compose.yaml, and the example client of the functions behind it."""
+"""A real RabbitMQ, the one of examples/compose.yaml, and the example client of its functions."""
 
 import contextlib
 import os
@@ -22,18 +22,21 @@ def connect(host):
 def invoke_by_amqp(host, *arguments):
     """Runs the example client."""
     uri = f"amqp://{USERNAME}:{PASSWORD.replace(' ', '%20')}@{host}"
-    return run(sys.executable, ROOT / "examples" / "amqp_invoke.py", *arguments, env=os.environ | {"AMQP_URI": uri})
+    client = ROOT / "examples" / "amqp_invoke.py"
+    return run(sys.executable, client, *arguments, env=os.environ | {"AMQP_URI": uri})
 
 
 @pytest.fixture(scope="session")
 def rabbitmq(engine):
     """The address of the broker for this machine and for containers."""
     (image,) = re.findall(r"image: (rabbitmq\S+)", (ROOT / "examples" / "compose.yaml").read_text())
-    if all(run("docker", *command, image).returncode != 0 for command in (["image", "inspect"], ["pull"])):
+    commands = ["image", "inspect"], ["pull"]
+    if all(run("docker", *command, image).returncode != 0 for command in commands):
         build(ROOT, image, first_base_image(), "--file", PROGRAMS / "rabbitmq.Dockerfile")
     user = f"--env=RABBITMQ_DEFAULT_USER={USERNAME}", f"--env=RABBITMQ_DEFAULT_PASS={PASSWORD}"
     container = run("docker", "run", "--rm", "--detach", *user, image).stdout.strip()
-    host = run("docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", container).stdout.strip()
+    address = "{{.NetworkSettings.IPAddress}}"
+    host = run("docker", "inspect", "--format", address, container).stdout.strip()
 
     def is_up():
         with contextlib.suppress(pika.exceptions.AMQPError), connect(host):

@@ -26,7 +26,8 @@ class Running(Logged):
     @property
     def received(self):
         """The request IDs of the INVOKE events that the extension has logged so far."""
-        return re.findall(rf'(?m)^\[\S+\] {RECEIVED}: .*"INVOKE".*"requestId": "([^"]+)"', self.output)
+        line = rf'(?m)^\[\S+\] {RECEIVED}: .*"INVOKE".*"requestId": "([^"]+)"'
+        return re.findall(line, self.output)
 
     @property
     def container(self):
@@ -34,7 +35,10 @@ class Running(Logged):
         return run("docker", "ps", "-q", "--filter", f"publish={self.port}").stdout.strip()
 
     def invoke(self, event=None, function="function", timeout=30, **headers):
-        """Invokes the function with that event; returns its answer, from JSON, or as text if it is no JSON."""
+        """Invokes the function with that event.
+
+        Returns its answer, from JSON, or as text if it is no JSON.
+        """
         url = f"{self.endpoint}/2015-03-31/functions/{function}/invocations"
         answer = post(url, json.dumps(event or {}).encode(), timeout, **headers).decode()
         try:
@@ -53,7 +57,10 @@ class Running(Logged):
         wait_until(answers, 600)
 
     def stop(self, signum=signal.SIGTERM):
-        """Ends the run as a supervisor or, with another signal, a terminal would; returns its exit status."""
+        """Ends the run as a supervisor or, with another signal, a terminal would.
+
+        Returns its exit status.
+        """
         os.kill(self.pid if signum == signal.SIGTERM else -self.pid, signum)
         return self.wait(60)
 
@@ -63,14 +70,24 @@ class Running(Logged):
 
 
 @contextlib.contextmanager
-def running(sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment):
-    """Runs the sample's run script until it answers, in a session of its own, then lets the caller use it."""
+def running(
+    sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment
+):
+    """Runs the sample's run script until it answers, then lets the caller use it.
+
+    The script runs in a session of its own.
+    """
     if "--docker" not in arguments:
         need_namespaces()
     port = free_port()
     command = [sample / script, "-p", port if host == "127.0.0.1" else f"{host}:{port}", *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-    options = {"cwd": "/", "stdin": subprocess.DEVNULL, "start_new_session": True, "env": os.environ | environment}
+    options = {
+        "cwd": "/",
+        "stdin": subprocess.DEVNULL,
+        "start_new_session": True,
+        "env": os.environ | environment,
+    }
     with Running(command, host, port, **options, **identity) as it:
         try:
             if wait:

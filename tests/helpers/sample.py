@@ -14,7 +14,10 @@ RECEIVED = "Received event"  # what process(event) logs
 
 
 def copy_sample(folder, sample=ROOT):
-    """Copies the sample as git would check it out, with its uncommitted changes; copies share what a run installed."""
+    """Copies the sample as git would check it out, with its uncommitted changes.
+
+    Copies share what a run installed.
+    """
     ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
     copy = Path(shutil.copytree(sample, folder, ignore=ignore))
     if sample != ROOT:
@@ -32,7 +35,10 @@ def replace(file, before, after):
 
 
 def once(folder, statement):
-    """A line of Python that executes the statement the first time only, in a container or here; it needs os."""
+    """A line of Python that executes the statement the first time only, in a container or here.
+
+    It needs os.
+    """
     done = str(folder / "done")
     return f"if not os.path.exists({done!r}): os.makedirs({done!r}); {statement}\n"
 

@@ -1,4 +1,7 @@
-"""A function that evaluates what its event says, in Python; it takes the place of lambda_function.py in tests."""
+"""A function that evaluates what its event says, in Python.
+
+It takes the place of lambda_function.py in tests.
+"""
 
 import os  # noqa: F401
 import time  # noqa: F401

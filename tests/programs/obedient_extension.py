@@ -1,4 +1,7 @@
-"""An extension that does what it is told, in Python, by its events and its environment; for tests, as extension.py."""
+"""An extension that does what it is told, in Python, by its events and its environment.
+
+It is for tests, as extension.py.
+"""
 
 import json
 import os

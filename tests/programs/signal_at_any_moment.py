@@ -1,7 +1,8 @@
-"""Sends the extension in the folder of its argument SIGTERM at any moment between its second event and its third.
+"""Sends the extension in the folder of its argument SIGTERM at any moment.
 
-At each of its lines, and in each function that these call, a fork gets the signal. Prints how each of them ended, as
-JSON: {"file:line what": "exit status, events got"}.
+These are the moments between its second event and its third. At each of its lines, and in each
+function that these call, a fork gets the signal. Prints how each of them ended, as JSON:
+{"file:line what": "exit status, events got"}.
 """
 
 import json
@@ -17,7 +18,8 @@ endings, events, got = {}, [], []
 
 def trace(frame, what, argument):
     file = frame.f_code.co_filename
-    place = f"{file}:{frame.f_lineno if file.startswith(sys.argv[1]) else frame.f_code.co_name} {what}"
+    where = frame.f_lineno if file.startswith(sys.argv[1]) else frame.f_code.co_name
+    place = f"{file}:{where} {what}"
     if file == __file__ or place in endings:
         return None if file == __file__ else trace
     reader, writer = os.pipe()

@@ -13,10 +13,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.send_response(200)
         self.end_headers()
-        told = {"environ": dict(os.environ), "argv": sys.argv, "hosts": Path("/etc/hosts").read_text()}
+        told = {
+            "environ": dict(os.environ),
+            "argv": sys.argv,
+            "hosts": Path("/etc/hosts").read_text(),
+        }
         self.wfile.write(json.dumps(told).encode())
 
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN if "IGNORE_SIGTERM" in os.environ else lambda *_: sys.exit())
+on_sigterm = signal.SIG_IGN if "IGNORE_SIGTERM" in os.environ else lambda *_: sys.exit()
+signal.signal(signal.SIGTERM, on_sigterm)
 address = os.environ.get("INVOKE_API_HOST", "0.0.0.0"), int(os.environ.get("PORT", "8080"))
 http.server.HTTPServer(address, Handler).serve_forever()

@@ -1,5 +1,6 @@
 #!/bin/sh -e
-# Runs $SCRIPT as a plain container does, which refuses namespaces: here unshare fails. The folder $OPT is its /opt.
+# Runs $SCRIPT as a plain container does, which refuses namespaces: here unshare fails. The folder
+# $OPT is its /opt.
 if [ -z "$REFUSED" ]; then
     export REFUSED=yes
     exec unshare --map-root-user --mount "$0" "$@"
