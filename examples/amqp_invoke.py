@@ -15,9 +15,10 @@ import time
 import uuid
 
 import pika
+import pika.exceptions
 
 
-def invoke(channel, function, event, seconds=30):
+def invoke(channel, function: str, event: bytes, seconds: float = 30) -> bytes:
     """Publishes the event (JSON, as bytes) to the function's queue and returns its answer (bytes).
 
     channel is an open pika channel with delivery confirmation. Raises
@@ -39,8 +40,8 @@ def invoke(channel, function, event, seconds=30):
     try:
         while (left := deadline - time.monotonic()) > 0:
             consumed = channel.consume(answers, auto_ack=True, inactivity_timeout=left)
-            method, properties, answer = next(consumed)
-            if method and properties.correlation_id == correlation_id:
+            _, properties, answer = next(consumed)  # None, None, None when the time is up
+            if answer is not None and properties.correlation_id == correlation_id:
                 return answer
     finally:
         if channel.is_open:

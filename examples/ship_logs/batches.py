@@ -101,7 +101,7 @@ class Batches:
                 # For each array: a connection that was kept is dead after a freeze.
                 with requests.Session() as session:
                     # Otherwise requests reads the answer, followed or not.
-                    session.get_redirect_target = lambda answer: None
+                    session.get_redirect_target = lambda resp: None
                     session.headers["Content-Type"] = "application/json"
                     body = f"[{','.join(text for _, text in array)}]".encode()
                     with session.post(self._url, body, timeout=TIMEOUT, stream=True) as answer:
