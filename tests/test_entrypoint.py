@@ -37,6 +37,8 @@ def entrypoint(tmp_path):
         ([], {"_HANDLER": HANDLER}, [RIE, RUNTIME]),
         ([HANDLER], WRAPPED, [RIE, OTHER]),
         ([HANDLER], WRAPPED | ON_LAMBDA, [OTHER]),
+        ([HANDLER], ON_LAMBDA | {"PATH": "/var/task/bin"}, [RUNTIME]),
+        ([HANDLER], ON_LAMBDA | {"PATH": ""}, [RUNTIME]),
     ],
 )
 def test_starts_the_emulator_but_on_lambda_then_a_wrapper_then_the_runtime(

@@ -86,6 +86,11 @@ def test_any_user_can_run_it_read_only_and_without_capabilities_whatever_the_che
     runs(image, *options, "--user", "12345:54321")
 
 
+@pytest.mark.parametrize("path", ["/var/task/bin", ""])
+def test_it_runs_although_the_function_has_a_path_without_python(image, path):
+    runs(image, "--env", f"PATH={path}")
+
+
 def test_it_trusts_certificate_authorities(image):
     count = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
     assert int(inside(image, f'python3 -c "{count}"')) > 100
