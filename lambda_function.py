@@ -4,8 +4,8 @@ import json
 
 
 def lambda_handler(event, context):
-    """Answers any event (dict) with a dict of HTTP status and JSON body.
+    """Answers any event with an HTTP response as API Gateway's proxy integration expects it.
 
-    API Gateway's proxy integration expects that.
+    event is what the caller sent, from JSON. The answer is a dict that becomes JSON.
     """
     return {"statusCode": 200, "body": json.dumps("Hello from Lambda!")}

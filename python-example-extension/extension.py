@@ -1,27 +1,46 @@
-"""Your extension: Lambda runs init() once, and process() beside the function."""
+"""Your extension: write init(), which runs once, and process(), which gets each event."""
 
+from lifecycle import log, run  # first: it catches signals, and other imports may take long
+
+# isort: split
 import json
 
-from lifecycle import log, run
 
+def init() -> None:
+    """Gets ready. Lambda sends no invocation before it returns.
 
-def init():
-    """Gets ready.
-
-    Lambda sends no invocation before it returns, but ends an init phase that takes 10 seconds.
+    The extensions and the function have 10 seconds together to get ready. If that is not enough,
+    Lambda starts all of them again at the first invocation, within the function's timeout, so
+    init() may run twice. Provisioned concurrency, SnapStart and Managed Instances allow more time:
+    https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtime-environment.html
     """
 
 
-def process(event):
-    """Takes an INVOKE event with every invocation, and SHUTDOWN as the last one.
+def process(event: dict) -> None:
+    """Takes an INVOKE event at every invocation, beside the handler, and SHUTDOWN as the last one.
 
-    SHUTDOWN comes also when a signal ends the extension. event is a dict, "Next" in
-    https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html; it carries no
-    payload. The environment takes no further invocation until process() returns, and that time
-    counts towards the function's Timeout and the bill. After SHUTDOWN nothing runs any more,
-    neither threads nor atexit functions.
+    The environment takes no further invocation until process() returns, and that time counts
+    towards the function's timeout and the bill.
+
+    When process() has returned from SHUTDOWN, nothing runs any more, neither threads nor atexit
+    functions. A signal leads to SHUTDOWN, too. Then the extension ends within 1.5 seconds, even if
+    process() is still running.
+
+    An event is one of these dicts. It does not contain the invocation's payload. ("Next" in
+    https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html)
+
+        {"eventType": "INVOKE",
+         "deadlineMs": 1795773542898,  # when the function's timeout ends, in Unix time
+         "requestId": "3da1f2dc-3222-475e-9205-e2e6c6318895",
+         "invokedFunctionArn": "arn:aws:lambda:eu-central-1:123456789012:function:my-function",
+         "tracing": {"type": "X-Amzn-Trace-Id", "value": "Root=1-5f35ae12-0c0fec14…"}}
+
+        {"eventType": "SHUTDOWN",
+         "deadlineMs": 1795773542898,  # when the extension is killed
+         "shutdownReason": "spindown"}  # or another reason, or the name of a signal
     """
     log(f"Received event: {json.dumps(event)}")
 
 
-run(process, init)
+if __name__ == "__main__":  # and not when multiprocessing imports this file
+    run(process, init)

@@ -4,145 +4,178 @@ https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html
 """
 
 import contextlib
+import http.client
 import json
 import os
 import re
-import select
 
-INVOKE, SHUTDOWN = "INVOKE", "SHUTDOWN"  # event types
-API = "/2020-01-01/extension"
-NEXT = f"{API}/event/next"
-IDENTIFIER = "Lambda-Extension-Identifier"  # a header
-ERROR_TYPE = "Lambda-Extension-Function-Error-Type"  # another header
-ANSWER_SECONDS = 5  # Lambda answers at once, unless it is asked for an event
-TEXT_LENGTH = 1000  # of an error, at most
+# The types of events.
+INVOKE = "INVOKE"
+SHUTDOWN = "SHUTDOWN"
+
+# Paths and headers of requests.
+API_PATH = "/2020-01-01/extension"
+REGISTER_PATH = f"{API_PATH}/register"
+NEXT_PATH = f"{API_PATH}/event/next"
+NAME_HEADER = "Lambda-Extension-Name"
+IDENTIFIER_HEADER = "Lambda-Extension-Identifier"
+ERROR_TYPE_HEADER = "Lambda-Extension-Function-Error-Type"
+
+# How long to wait for a connection, or for more of a response. Lambda responds at once, except when
+# it is asked for an event.
+TIMEOUT_SECONDS = 5
+
+# Error messages, and what they quote of a response, are cut after so many characters.
+TEXT_LENGTH = 1000
 
 
 class ExtensionsApiError(Exception):
-    """The API is unreachable, refuses, or sends an invalid response.
+    """A request failed: the text says in one line which one, and why.
 
-    The text is one line: the request, and why.
+    The API is unreachable, or its response is an error, or is not as documented.
     """
 
     def __init__(self, text):
-        super().__init__(" ".join(text[:TEXT_LENGTH].split()).encode("unicode_escape").decode())
+        # What a response says may contain line ends and control characters: keep them out of logs.
+        one_line = " ".join(text[:TEXT_LENGTH].split())
+        super().__init__(one_line.encode("unicode_escape").decode())
 
 
 class ExtensionsApi:
-    """One extension's connection to Lambda.
+    """The Extensions API, as one extension uses it.
 
-    All methods but report() raise ExtensionsApiError when they fail.
+    Call register() once, then open_session() once, then next_event() again and again. register(),
+    next_event() and send() raise ExtensionsApiError when they fail.
 
-    It has two HTTP clients, because requests takes longer to import than all else in a cold start:
-    http.client asks first, and a session of requests, once it is open, for event after event.
+    Two HTTP clients share the work. Importing requests takes longer than everything else in a cold
+    start, and Lambda starts the function's runtime only when the extension has registered. So the
+    standard library's http.client registers. Then, while the runtime starts, open_session()
+    imports requests, and one session asks for every event. No invocation ever waits for an import.
     """
 
     def __init__(self, name):
-        self.session = None  # requests.Session, once open
-        # A header; once registered, the identifier's.
-        self._sender = {"Lambda-Extension-Name": name}
-        self._phase = None  # "init" once registered, "exit" once events are asked for
-        self._connection = None  # http.client's, while idle
+        self._headers = {NAME_HEADER: name}  # once registered, the identifier instead
+        self._is_registered = False
+        self._has_asked_for_event = False
         self._address = os.environ.get("AWS_LAMBDA_RUNTIME_API", "").strip()
         self._url = f"http://{self._address}"
 
     def register(self):
-        """Registers for INVOKE and SHUTDOWN and returns the identifier (str).
+        """Registers for INVOKE and SHUTDOWN events; returns the extension's identifier (str).
 
-        The documentation calls it "Register".
+        See "Register" in the API's documentation.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]+", self._address):
             raise ExtensionsApiError(
                 "AWS_LAMBDA_RUNTIME_API is not HOST:PORT: Lambda, or its emulator, sets it"
             )
-        managed = os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "lambda-managed-instances"
-        events = [SHUTDOWN] if managed else [INVOKE, SHUTDOWN]  # they run many invocations at once
-        _, headers, _ = self.send("POST", f"{API}/register", {"events": events})
-        identifier = headers.get(IDENTIFIER, "")
+        events = [INVOKE, SHUTDOWN]
+        if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "lambda-managed-instances":
+            # Managed Instances run many invocations at once, and have no INVOKE event:
+            # https://docs.aws.amazon.com/lambda/latest/dg/lambda-managed-instances.html
+            events = [SHUTDOWN]
+        response = self.send("POST", REGISTER_PATH, {"events": events})
+        identifier = response.headers.get(IDENTIFIER_HEADER, "")
         if not re.fullmatch("[!-~]+", identifier):  # printable ASCII
             raise ExtensionsApiError(
-                f"POST {self._url}{API}/register: no valid {IDENTIFIER} in the response"
+                f"POST {self._url}{REGISTER_PATH}: no valid {IDENTIFIER_HEADER} in the response"
             )
-        self._sender = {IDENTIFIER: identifier}
-        self._phase = "init"
+        self._headers = {IDENTIFIER_HEADER: identifier}
+        self._is_registered = True
         return identifier
 
-    def next_event(self):
-        """Waits for the next event ("Next") and returns it: a dict with an eventType (str)."""
-        self._phase = "exit"
-        asked = f"GET {self._url}{NEXT}"
-        ask = self._ask_session if self.session else lambda: self._ask("GET", NEXT)
-        _, _, content = checked(asked, ask)
-        # It may be not JSON, nested too deeply, not a dict, or without an eventType.
-        with contextlib.suppress(Exception):
-            event = json.loads(content)
-            if isinstance(event["eventType"], str):
-                return event
-        text = content[:TEXT_LENGTH].decode(errors="replace")
-        raise ExtensionsApiError(f"{asked}: not an event: {text}")
-
     def open_session(self):
-        """Opens the session, with one pooled connection, that next_event() uses from then on."""
-        import requests
+        """Imports requests, and opens the session that next_event() uses."""
+        import requests  # not at the top of the file: see the class
 
-        self.session = requests.Session()
-        # HTTP_PROXY, NO_PROXY and ~/.netrc are meant for external hosts.
-        self.session.trust_env = False
-        request = requests.Request("GET", f"{self._url}{NEXT}", self._sender)
-        self._request = self.session.prepare_request(request)
+        # A session keeps its connection open, and uses it again for the next request:
+        # https://requests.readthedocs.io/en/latest/user/advanced/#session-objects
+        self._session = requests.Session()
+        # Ignore HTTP_PROXY and ~/.netrc, which are meant for other hosts.
+        self._session.trust_env = False
+        # The request is always the same, so it is prepared once, not for each event.
+        request = requests.Request("GET", f"{self._url}{NEXT_PATH}", self._headers)
+        self._next_request = self._session.prepare_request(request)
+
+    def next_event(self):
+        """Waits for the next event and returns it, a dict with an eventType (str).
+
+        It waits without a time limit, because Lambda freezes the environment until the next
+        invocation. See "Next" in the API's documentation.
+        """
+        self._has_asked_for_event = True
+        with api_errors(f"GET {self._url}{NEXT_PATH}"):
+            response = self._session.send(self._next_request, allow_redirects=False, timeout=None)
+            require_success(response.status_code, response.content)
+            return event_in(response.content)
 
     def send(self, method, path, body, headers=None):
-        """Sends a body that JSON can hold.
+        """Sends a request with a body that becomes JSON; returns an http.client.HTTPResponse.
 
-        Returns the response's status (int), headers and content (bytes).
+        Each request has a connection of its own: there are few, and hours may lie between them, in
+        which an idle connection would die. The content of the response has been read already; use
+        its status (int) and headers.
         """
-        headers = {"Content-Type": "application/json"} | (headers or {})
-        request = method, path, json.dumps(body), headers, ANSWER_SECONDS
-        return checked(f"{method} {self._url}{path}", lambda: self._ask(*request))
+        headers = {"Content-Type": "application/json", **self._headers, **(headers or {})}
+        with api_errors(f"{method} {self._url}{path}"):
+            connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT_SECONDS)
+            with contextlib.closing(connection):
+                connection.request(method, path, json.dumps(body), headers)
+                response = connection.getresponse()
+                require_success(response.status, response.read())
+                return response
 
-    def report(self, name, text, traceback):
-        """Reports an exception: its name and text (str), and its traceback (lines).
+    def report(self, name, text, stack_trace):
+        """Reports an exception to Lambda, if the extension has registered. Never raises.
 
-        The documentation calls it "Init error" or "Exit error".
+        It takes the exception's name and text (str), and its stack trace (a list of str). See
+        "Init error" and "Exit error" in the API's documentation.
         """
+        if not self._is_registered:
+            return
+        phase = "exit" if self._has_asked_for_event else "init"
+        # The name of a class may have letters that a header may not.
         error_type = "Extension." + name.encode("unicode_escape").decode()
         body = {
             "errorMessage": text[:TEXT_LENGTH],
             "errorType": error_type,
-            "stackTrace": traceback,
+            "stackTrace": stack_trace,
         }
-        if self._phase:
-            with contextlib.suppress(ExtensionsApiError):
-                self.send("POST", f"{API}/{self._phase}/error", body, {ERROR_TYPE: error_type})
-
-    def _ask_session(self):
-        response = self.session.send(self._request, allow_redirects=False, timeout=None)
-        return response.status_code, response.headers, response.content
-
-    def _ask(self, method, path, body=None, headers=None, seconds=None):
-        """Asks with http.client. No read takes longer than those seconds."""
-        import http.client  # slow, so not before signals are caught
-
-        connection, self._connection = self._connection, None
-        # A connection that is readable while idle was closed by the server.
-        if not connection or not connection.sock or select.select([connection.sock], [], [], 0)[0]:
-            connection = http.client.HTTPConnection(self._address, timeout=ANSWER_SECONDS)
-            connection.connect()
-        connection.sock.settimeout(seconds)
-        connection.request(method, path, body, self._sender | (headers or {}))
-        response = connection.getresponse()
-        content = response.read()
-        self._connection = connection
-        return response.status, response.headers, content
+        with contextlib.suppress(ExtensionsApiError):
+            self.send("POST", f"{API_PATH}/{phase}/error", body, {ERROR_TYPE_HEADER: error_type})
 
 
-def checked(asked, ask):
-    """Returns the status, headers and content that ask() returns, if they mean success."""
+class UnexpectedResponse(Exception):
+    """A response is an error, or is not as documented. The text says what it is."""
+
+
+def require_success(status, content):
+    """Raises UnexpectedResponse unless the status (int) means success; it quotes the content."""
+    if not 200 <= status < 300:
+        raise UnexpectedResponse(f"{status} {excerpt(content)}")
+
+
+def event_in(content):
+    """Returns the event in the content (bytes) of a response, or raises UnexpectedResponse."""
+    # What is no event is no JSON, or nested too deeply, or no dict, or without an eventType.
+    with contextlib.suppress(Exception):
+        event = json.loads(content)
+        if isinstance(event["eventType"], str):
+            return event
+    raise UnexpectedResponse(f"not an event: {excerpt(content)}")
+
+
+def excerpt(content):
+    """Returns the beginning of a response's content (bytes) as text."""
+    return content[:TEXT_LENGTH].decode(errors="replace")
+
+
+@contextlib.contextmanager
+def api_errors(request):
+    """Turns what is raised in the with block into an ExtensionsApiError that names the request."""
     try:
-        status, headers, content = ask()
-        if 200 <= status < 300:
-            return status, headers, content
-        reason = f"{status} {content[:TEXT_LENGTH].decode(errors='replace')}"
+        yield
+    except UnexpectedResponse as error:
+        raise ExtensionsApiError(f"{request}: {error}") from None
     except Exception as error:  # HTTP clients raise more than they document
-        reason = f"{type(error).__name__}: {error}"
-    raise ExtensionsApiError(f"{asked}: {reason}")
+        raise ExtensionsApiError(f"{request}: {type(error).__name__}: {error}") from None

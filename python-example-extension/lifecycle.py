@@ -1,124 +1,168 @@
-"""The lifecycle of an extension: it registers, initializes, processes event after event, and ends.
+"""The lifecycle of an extension: it registers, initializes, takes event after event, and ends.
 
 https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtime-environment.html
 """
 
-import _thread
+import signals  # first: it catches signals, and the other imports take a while
+
+# isort: split
 import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
-from extensions_api import ANSWER_SECONDS, INVOKE, SHUTDOWN, ExtensionsApi, ExtensionsApiError
+from extensions_api import INVOKE, SHUTDOWN, ExtensionsApi, ExtensionsApiError
 
-# Lambda knows an extension by the name of its file in /opt/extensions; this folder has that name.
+# Lambda knows an extension by the name of its file in /opt/extensions. This folder has that name.
 NAME = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
-SIGNALS = signal.SIGTERM, signal.SIGINT
-SHUTDOWN_SECONDS = 1.5  # Lambda allows 2 and reserves up to 0.3 of them for the runtime
+
+
+def duplicate(stream):
+    """Returns a further descriptor (int) of a stream, or None for a stream that is None.
+
+    A standard stream is None if it was closed when Python started.
+    """
+    return None if stream is None else os.dup(stream.fileno())
+
+
+# Lines go to duplicates. If they went to descriptor 1, and your code closed it, the next connection
+# to Lambda could get that number, and the lines.
+STANDARD_OUTPUT = duplicate(sys.stdout)
+STANDARD_ERROR = duplicate(sys.stderr)
+
+# Closed when something fails: a process that has all the files open that it may could otherwise
+# neither import what shows the error nor connect to Lambda.
+SPARE_DESCRIPTOR = os.open(os.devnull, os.O_RDONLY)
 
 api = ExtensionsApi(NAME)
-exit_status = 0
 
 
-def run(process, init=lambda: None):
-    """Registers, calls init(), then process(event) with each event (dict), and exits with 0.
+def run(process: Callable[[dict], object], init: Callable[[], object] | None = None) -> None:
+    """Registers, calls init(), then process(event) for each event, and exits with status 0.
 
-    SHUTDOWN is the last event, and SIGTERM and SIGINT count as one. An exception is shown, reported
-    to Lambda, and ends it with 1: an error of the API, or sys.exit("reason"), in one line, a bug
-    with its traceback.
+    The last event is SHUTDOWN. SIGTERM and SIGINT lead to one, too.
+
+    After an exception it exits with status 1. Before that it shows the exception and reports it to
+    Lambda: an error of the Extensions API and sys.exit("reason") without a traceback, anything else
+    with one.
     """
-    waiting = False  # for an event, so neither init() nor process() is running
-    shutdown = None  # the event that a signal stands for
+    extension = Extension(process, init)
+    signals.call_on_signal(extension.on_signal)
+    end_with(extension.process_events)
 
-    def stop(signum, frame):
-        nonlocal shutdown
-        if shutdown:
-            return
-        deadline = int((time.time() + SHUTDOWN_SECONDS) * 1000)
-        shutdown = {
-            "eventType": SHUTDOWN,
-            "shutdownReason": signal.Signals(signum).name,
-            "deadlineMs": deadline,
-        }
-        # Otherwise process_events() takes the event next, or has failed.
-        if waiting and exit_status == 0:
-            end_with(lambda: process(shutdown))
 
-    def process_events():
-        nonlocal waiting
+def log(message: object) -> None:
+    """Writes a line to standard output, which Lambda sends to CloudWatch Logs."""
+    write(STANDARD_OUTPUT, message)
+
+
+class Extension:
+    """Calls init() and process(event) as Lambda's events, or a signal, demand."""
+
+    def __init__(self, process, init):
+        self.process = process
+        self.init = init
+        self.waits_for_event = False  # so neither init() nor process() is running
+        self.signal_event = None  # the SHUTDOWN event that stands for a signal, once one has come
+
+    def process_events(self):
+        """Gets ready, and processes one event after the other until SHUTDOWN."""
         log(f"Registered with ID: {api.register()}")
-        init()
-        while True:
-            waiting = True
-            event = shutdown or api.next_event()
-            waiting = False
+        api.open_session()  # while Lambda starts the function's runtime
+        if self.init:
+            self.init()
+        event_type = None
+        while event_type != SHUTDOWN:
+            event = self.next_event()
             event_type = event["eventType"]  # now, because process() may change the event
             if event_type in (INVOKE, SHUTDOWN):
-                process(event)
+                self.process(event)
             else:
                 log(f"Ignored an unknown event: {event_type[:100]!r}")
-            if event_type == SHUTDOWN:
-                return
-            if not api.session:
-                api.open_session()
 
-    catch_signals(stop)
-    end_with(process_events)
+    def next_event(self):
+        """Returns the event for a signal that has come, or else waits for Lambda's next one."""
+        # Before it looks for a signal's event: then a signal that comes in between is handled.
+        self.waits_for_event = True
+        try:
+            return self.signal_event or api.next_event()
+        finally:
+            self.waits_for_event = False
+
+    def on_signal(self, signum, frame):
+        """Handles a signal. Python calls it in the middle of what the main thread is doing.
+
+        If that is waiting for an event, SHUTDOWN is processed here, and the process ends. If it is
+        something else, such as process(), next_event() returns SHUTDOWN afterwards.
+        """
+        # Python has told the watchdog, unless a library such as asyncio has disabled that.
+        signals.limit_time(signum)
+        if self.signal_event:
+            return
+        self.signal_event = {
+            "eventType": SHUTDOWN,
+            "shutdownReason": signal.Signals(signum).name,
+            "deadlineMs": int((time.time() + signals.SHUTDOWN_SECONDS) * 1000),
+        }
+        if self.waits_for_event:
+            end_with(self.process, self.signal_event)
 
 
-def log(message, stream=sys.stdout):
-    """Writes one line (str) to standard output or error, which Lambda sends to CloudWatch Logs."""
+def end_with(task, *arguments):
+    """Calls task(*arguments) and ends the process: with 0, or with 1 if that raises something.
+
+    os._exit() ends it at once. Python's own end would wait for threads, and run code that a signal
+    could interrupt.
+    """
+    try:
+        task(*arguments)
+    except BaseException as error:  # also sys.exit(), since only SHUTDOWN is a proper end
+        if signals.is_fork:
+            raise  # your code has forked: the child ends as any Python program does
+        fail_with(error)
+    os._exit(0)
+
+
+def fail_with(error):
+    """Shows an exception, reports it to Lambda, and ends the process with 1, whatever happens."""
+    signals.limit_time(signals.FAILURE)
+    try:
+        with contextlib.suppress(OSError):  # your code may have closed it
+            os.close(SPARE_DESCRIPTOR)
+        text, stack_trace, shown = description_of(error)
+        write(STANDARD_ERROR, shown)
+        api.report(type(error).__name__, text, stack_trace)
+    finally:
+        os._exit(1)
+
+
+def description_of(error):
+    """Returns an exception's text (str), its stack trace (list of str), and what to show (str)."""
+    import traceback  # takes long, and is seldom needed
+
+    try:
+        details = traceback.TracebackException.from_exception(error)
+        text = str(details)
+        stack_trace = details.stack.format()
+        shown = "".join(details.format()).rstrip()
+    except Exception:  # the exception's own methods may fail
+        text = f"an exception that cannot be shown: {type(error).__name__}"
+        stack_trace = traceback.format_tb(error.__traceback__)
+        shown = f"{text}\n{''.join(stack_trace)}".rstrip()
+    has_reason = isinstance(error, SystemExit) and isinstance(error.code, str)
+    if isinstance(error, ExtensionsApiError) or has_reason:
+        return text, [], text
+    return text, stack_trace, shown
+
+
+def write(descriptor, message):
+    """Writes a line with this extension's name to a descriptor (int), or nowhere if it is None."""
+    if descriptor is None:
+        return
     line = f"[{NAME}] {message}\n".encode(errors="backslashreplace")
     with contextlib.suppress(OSError):  # a lost line must not stop the extension
-        while stream and line:  # no stream: it was closed from the start
-            line = line[os.write(stream.fileno(), line) :]
-
-
-def end_with(task):
-    """Calls task(), then ends the process.
-
-    Shows what it raises, and reports it for ANSWER_SECONDS at most.
-    """
-    global exit_status
-    try:
-        task()
-    except BaseException as error:
-        exit_status = 1
-        import traceback
-
-        # It copes with an exception whose str() fails.
-        details = traceback.TracebackException.from_exception(error)
-        has_reason = isinstance(error, SystemExit) and isinstance(error.code, str)
-        plain = has_reason or isinstance(error, ExtensionsApiError)
-        log(details if plain else "".join(details.format()).rstrip(), sys.stderr)
-        _thread.start_new_thread(exit_after, (ANSWER_SECONDS,))
-        api.report(type(error).__name__, str(details), [] if plain else details.stack.format())
-    os._exit(exit_status)  # Python's own end takes longer, and a signal would kill it meanwhile
-
-
-def exit_after(seconds):
-    """Ends the process then, whatever its main thread is doing."""
-    time.sleep(seconds)
-    os._exit(exit_status)
-
-
-def catch_signals(stop):
-    """Lets SIGTERM and SIGINT call stop(signum, frame), and end it SHUTDOWN_SECONDS later.
-
-    Signals that a fork gets do neither.
-    """
-
-    def wait_for_signal():
-        while os.read(reader, 1)[0] not in SIGNALS:
-            pass  # a signal that a library catches
-        exit_after(SHUTDOWN_SECONDS)
-
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    # At once, while stop() waits for the end of a call into C, such as one for DNS.
-    signal.set_wakeup_fd(writer)
-    _thread.start_new_thread(wait_for_signal, ())
-    for signum in SIGNALS:
-        signal.signal(signum, stop)
-        os.register_at_fork(after_in_child=lambda each=signum: signal.signal(each, signal.SIG_DFL))
+        while line:
+            written = os.write(descriptor, line)
+            line = line[written:]

@@ -108,17 +108,47 @@ def test_sees_no_packages_but_its_own(obedient):
 def test_waits_for_an_event_without_a_time_limit(obedient):
     sockets = "[each for each in gc.get_objects() if isinstance(each, socket.socket)]"
     do = f"import gc, socket; log([each.gettimeout() for each in {sockets}])"
-    with ExtensionsApiServer([invoke(do=do), invoke(do=do), SHUTDOWN]) as api:
+    with ExtensionsApiServer([invoke(do=do), SHUTDOWN]) as api:
         _, stdout, _ = end_of(obedient, api)
-    assert re.findall(r"\] (\[.*\])\n", stdout) == ["[None]", "[None, None]"]
+    assert re.findall(r"\] (\[.*\])\n", stdout) == ["[None]"]
 
 
-def test_the_first_event_needs_no_requests_and_all_others_share_one_session(obedient):
-    events = [invoke(do="log(f'requests: {\"requests\" in sys.modules}')")] * 1000
-    with ExtensionsApiServer([*events, SHUTDOWN]) as api:
-        _, stdout, _ = end_of(obedient, api)
-        assert api.connections == 2
-    assert re.findall("requests: (True|False)", stdout) == ["False"] + ["True"] * 999
+def test_one_session_asks_for_every_event_and_another_client_registers_before_it_opens(obedient):
+    with ExtensionsApiServer([*[invoke()] * 1000, SHUTDOWN]) as api:
+        status, _, stderr = end_of(obedient, api)
+        assert (status, stderr, api.connections) == (0, "", 2)
+    registration, *requests = api.requests
+    assert "User-Agent" not in registration.headers
+    assert {request.headers["User-Agent"].partition("/")[0] for request in requests} == {
+        "python-requests"
+    }
+
+
+MODULES = "log('Modules: ' + json.dumps(sorted(sys.modules)))"
+
+
+def modules(stdout):
+    """The modules that had been imported at each moment when MODULES was executed, as sets."""
+    return [{*json.loads(text)} for text in re.findall(r"\] Modules: (.*)", stdout)]
+
+
+def test_everything_is_imported_before_init_and_nothing_beside_an_invocation(obedient):
+    events = [invoke(do=MODULES), invoke(do=MODULES), SHUTDOWN]
+    with ExtensionsApiServer(events) as api:
+        _, stdout, _ = end_of(obedient, api, AT_INIT=MODULES)
+    in_init, in_first, in_second = modules(stdout)
+    assert "requests" in in_init
+    assert in_first == in_second
+
+
+def test_signals_are_caught_before_anything_slow_is_imported(extension):
+    """Python lists imports in the order in which they end."""
+    list_imports = "bash", "-c", 'exec "$1" -X importtime "${@:2}"', "bash"
+    with ExtensionsApiServer([SHUTDOWN]) as api:
+        _, _, stderr = end_of(extension, api, list_imports)
+    order = re.findall(r"(?m)^import time: .*\| +(\S+)$", stderr)
+    for slow in "re", "json", "contextlib", "http.client", "requests":
+        assert order.index("signals") < order.index(slow)
 
 
 def test_whatever_the_responses_are_it_is_an_error_in_one_line_or_none(extension, monkeypatch):
@@ -146,10 +176,9 @@ def test_whatever_the_responses_are_it_is_an_error_in_one_line_or_none(extension
         server.answers["register"] = [REGISTERED]
         api = client.ExtensionsApi("name")
         api.register()
-        for make_ready in (lambda: None), api.open_session:
-            make_ready()
-            in_one_line(api.next_event)
-            api.report("Error", "text", [])
+        api.open_session()
+        in_one_line(api.next_event)
+        api.report("Error", "text", [])
 
     with ExtensionsApiServer() as server:
         monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", server.address)

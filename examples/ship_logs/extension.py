@@ -41,7 +41,7 @@ def init():
         "destination": {"protocol": "HTTP", "URI": address},
     }
     try:
-        status, _, _ = api.send("PUT", "/2022-07-01/telemetry", subscription)
+        status = api.send("PUT", "/2022-07-01/telemetry", subscription).status
     except ExtensionsApiError as error:
         status = error
     if status == 200:

@@ -1,6 +1,6 @@
 """Sends the extension in the folder of its argument SIGTERM at any moment.
 
-These are the moments between its second event and its third. At each of its lines, and in each
+These are the moments between its first event and its second. At each of its lines, and in each
 function that these call, a fork gets the signal. Prints how each of them ended, as JSON:
 {"file:line what": "exit status, events got"}.
 """
@@ -30,7 +30,7 @@ def trace(frame, what, argument):
         got.append(writer)
         # A fork ends by its own signals, but this one stands for its parent, and must not tell it.
         signal.signal(signal.SIGTERM, handler)
-        signal.set_wakeup_fd(-1)
+        lifecycle.signals.limit_time = lambda order: None
         signal.alarm(5)  # it should have ended long before
         os.kill(os.getpid(), signal.SIGTERM)
         return None
@@ -45,10 +45,10 @@ def process(event):
     events.append(event)
     if got:
         os.write(got[0], event["eventType"].encode())
-    elif len(events) == 2:  # after the import of requests, which has too many lines
+    elif len(events) == 1:
         sys.settrace(trace)
         sys._getframe(1).f_trace = trace
-    elif len(events) == 3:
+    elif len(events) == 2:
         sys.settrace(None)
         print(json.dumps(endings))
         os._exit(0)
