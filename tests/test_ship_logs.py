@@ -3,50 +3,62 @@
 The collectors are good and bad.
 """
 
+import contextlib
 import json
+import os
 import random
 import re
 import select
 import shutil
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import ANY
 
+import collector as collectors
 import pytest
-from collector import FAILURES, SUCCESSES, TOKEN, Collector
+from collector import FAILURES, SUCCESSES, TOKEN, Collector, refuses
 from engine import first_base_image
 from extension_process import end_of, started, variant
 from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, answer, hangs, invoke
-from machine import ROOT, post, wait_until
+from machine import ROOT, Logged, free_port, post, processes_of, wait_until
 from pages import code_blocks
 from running import running
-from sample import NAME, replace
+from sample import NAME
 
 README, _ = code_blocks("README.md", "Make it your own", "python")
-DRIPS = FAILURES["drips"][0]
-FILES = {path.name: path.read_text() for path in ROOT.glob("examples/ship_logs/*.py")}
+EXAMPLE = ROOT / "examples" / "ship_logs"
+BATCHES = (EXAMPLE / "batches.py").read_text()
+SHIPPING = (EXAMPLE / "extension.py").read_text()
+FORMATS = re.findall(r"(?ms)^```python\n(.*?)^```", (EXAMPLE / "README.md").read_text())
 NOWHERE = "http://127.0.0.1:1/"
+
+
+def extension_with(extension, folder, code, settings=""):
+    """An extension with this code, and batches.py with settings over its own, such as "A = 1"."""
+    changed = "".join(f"batches.{setting}\n" for setting in settings.split("; ") if setting)
+    files = {"batches.py": BATCHES, "extension.py": f"import batches\n{changed}{code}"}
+    return variant(extension, folder, files)
 
 
 @pytest.fixture
 def batching(extension, tmp_path):
     """The README's extension.py, with batches.py next to it."""
-    return variant(extension, tmp_path, {"batches.py": FILES["batches.py"], "extension.py": README})
+    return extension_with(extension, tmp_path, README)
 
 
 @pytest.fixture
-def hasty(batching):
+def hasty(extension, tmp_path):
     """The same, but a batch is due after a tenth of a second."""
-    replace(batching.with_name("batches.py"), "SECONDS = 100, 10\n", "SECONDS = 100, 0.1\n")
-    return batching
+    return extension_with(extension, tmp_path, README, "BATCH_SECONDS = 0.1")
 
 
 def events(*numbers, **more):
     return [invoke(str(number), **more) for number in range(*numbers)]
 
 
-def send(extension, url, events, seconds=8):
+def send(extension, url, events, seconds=20, **environment):
     """Runs it for these events and a shutdown, within these seconds and little memory.
 
     Returns what it logged.
@@ -59,7 +71,7 @@ def send(extension, url, events, seconds=8):
 
     with (
         ExtensionsApiServer([*events, shutdown]) as api,
-        started(extension, api, COLLECTOR_URL=url) as it,
+        started(extension, api, COLLECTOR_URL=url, **environment) as it,
     ):
         assert (it.wait(seconds), it.err, TOKEN in it.out) == (0, "", False)
         assert int(*peaks) < 100_000
@@ -73,6 +85,11 @@ def ids(records):
 
 def ids_of(*numbers):
     return [*map(str, range(*numbers)), None]
+
+
+def counted(log, what):
+    """The sum of the numbers of records in lines of a log, such as "Records dropped: 5 (…)"."""
+    return sum(map(int, re.findall(rf"(?m)^\[{NAME}\] Records {what}: (\d+)", log)))
 
 
 @pytest.mark.parametrize("success", SUCCESSES.values(), ids=SUCCESSES)
@@ -89,69 +106,108 @@ def test_every_record_arrives_at_a_collector_that_first(failure, reason, batchin
     with Collector(failure, answer()) as collector:
         log = send(batching, collector.url, events(150))
     assert ids(collector.requests[1].json) == ids_of(150)
-    assert reason == "no answer" or f"[{NAME}] 100 records not sent yet: {reason};" in log
+    assert not reason or f"[{NAME}] Records not sent yet: 100 ({reason})\n" in log
 
 
 @pytest.mark.parametrize("failure, reason", FAILURES.values(), ids=FAILURES)
 def test_it_goes_on_with_a_collector_that_always(failure, reason, batching):
+    """It tries with the 100th record, and with the last one; if nothing comes, once more."""
     with Collector(failure) as collector:
         log = send(batching, collector.url, events(500))
-    assert re.search(rf"(?m)^\[{NAME}\] 501 records not sent.*: {reason}", log)
-    assert len(collector.requests) == 2  # with the 100th record, and with the last one
+    assert f"[{NAME}] Records not confirmed before the end: 501\n" in log
+    assert len(collector.requests) in ([2] if reason else [2, 3])
 
 
-def test_a_batch_that_is_refused_keeps_no_other_one_from_arriving(batching):
-    with Collector(answer(400), answer()) as collector:
-        log = send(batching, collector.url, events(150))
-    assert f"[{NAME}] 100 records refused: status 400; 0 older ones dropped" in log
-    assert ids(collector.requests[1].json) == ids_of(100, 150)
+def test_of_the_records_in_a_request_only_those_are_lost_that_the_collector_refuses(batching):
+    sent = [invoke(str(number), more="bad" * (number % 50 == 7)) for number in range(150)]
+    with Collector(judge=refuses("bad")) as collector:
+        log = send(batching, collector.url, sent)
+        taken = [each for each in collector.requests if b"bad" not in each.body]
+    arrived = [
+        record["requestId"] for each in taken for record in each.json if "requestId" in record
+    ]
+    expected = [str(number) for number in range(150) if number % 50 != 7]
+    assert sorted(arrived, key=int) == expected
+    assert counted(log, "refused") == 3
+    assert counted(log, "dropped") == 0
 
 
-@pytest.mark.parametrize(
-    ("size", "numbers", "dropped"), [(1_000_000, (10, 20), 11), (1_000_001, (0, 20), 1)]
-)
-def test_a_megabyte_drops_all_older_records_and_a_larger_record_itself_alone(
-    size, numbers, dropped, batching
-):
-    more = (size - len(invoke("large", more="").partition(b"\r\n\r\n")[2])) * "x"
+def test_a_record_that_is_no_json_is_a_bug_where_it_is_added(extension, tmp_path):
+    code = README.replace("batches.add(event)", "batches.add(float('nan'))")
+    nan = extension_with(extension, tmp_path, code)
+    with ExtensionsApiServer([invoke()]) as api:
+        status, _, stderr = end_of(nan, api, COLLECTOR_URL=NOWHERE)
+    assert (status, "in process" in stderr, "ValueError" in stderr) == (1, True, True)
+
+
+def test_a_bug_in_request_shows_its_traceback_and_ends_the_extension(extension, tmp_path):
+    own = "class Own(Batches):\n    def request(self, texts):\n        1 / 0\n\nbatches = Own()"
+    buggy = extension_with(extension, tmp_path, README.replace("batches = Batches()", own))
+    with ExtensionsApiServer([*events(100), hangs]) as api:
+        status, _, stderr = end_of(buggy, api, COLLECTOR_URL=NOWHERE)
+        assert [each.json["errorType"] for each in api.asked("exit/error")] == [
+            "Extension.ZeroDivisionError"
+        ]
+    assert (status, "in request" in stderr, stderr.count("Traceback")) == (1, True, 1)
+
+
+def test_the_token_goes_into_a_header_and_white_space_around_settings_is_ignored(batching):
+    with Collector(answer(500), answer()) as collector:
+        settings = {"COLLECTOR_TOKEN": f"{TOKEN}\n"}
+        send(batching, f" {collector.url}\n", events(150), **settings)
+    assert {each.headers["Authorization"] for each in collector.requests} == {f"Bearer {TOKEN}"}
+    assert {f"http://{collector.address}{each.path}" for each in collector.requests} == {
+        collector.url
+    }
+
+
+def test_records_beyond_a_megabyte_are_dropped_the_oldest_first_and_counted_exactly(batching):
+    with Collector(answer(503), judge=None) as collector:
+
+        def recover(connection):
+            collector.answers[""] = [answer()]
+            connection.sendall(invoke("1000"))
+
+        log = send(batching, collector.url, [*events(1000, more=10_000 * "x"), recover])
+    arrived = ids(record for request in collector.requests[1:] for record in request.json)
+    assert arrived == ids_of(1001 - len(arrived) + 1, 1001)
+    assert 90 < len(arrived) < 110
+    assert counted(log, "dropped") == 1002 - len(arrived)
+
+
+def test_a_record_without_room_for_any_other_is_dropped_alone(batching):
     with Collector(answer()) as collector:
-        large = invoke("large", more=more)
+        large = invoke("large", more=1_000_000 * "x")
         log = send(batching, collector.url, [*events(10), large, *events(10, 20)])
-    assert ids(collector.records) == ids_of(*numbers)
-    assert f" records sent: status 200; {dropped} older ones dropped\n" in log
+    assert ids(collector.records) == ids_of(20)
+    assert counted(log, "dropped") == 1
 
 
-def recovering(collector, failures):
-    """An event after which the collector, which has failed so many times, works."""
-
-    def recover(connection):
-        wait_until(lambda: len(collector.requests) >= failures)
-        collector.answers[""] = [answer()]
-        connection.sendall(invoke("1000"))
-
-    return recover
-
-
-def test_an_array_has_500_records_at_most(batching):
+def test_many_small_records_take_little_memory(extension, tmp_path):
+    code = README.replace("batches.add(event)", "batches.add_texts(['1'] * 1_000_000)")
+    small = extension_with(extension, tmp_path, code)
     with Collector(answer(503)) as collector:
-        send(batching, collector.url, [*events(1000), recovering(collector, 1)])
-    assert [len(request.json) for request in collector.requests[1:]] == [500, 500, 2]
+        log = send(small, collector.url, [invoke(), invoke()])
+    assert counted(log, "dropped") > 2_900_000
 
 
-def test_the_newest_records_arrive_after_a_long_failure_and_the_log_counts_the_others(hasty):
+def test_a_request_is_neither_too_long_nor_too_large(batching):
     with Collector(answer(503)) as collector:
-        sent = [*events(1000, more=10_000 * "x"), recovering(collector, 4)]
-        log = send(hasty, collector.url, sent, seconds=20)
-    assert sum(map(int, re.findall(r"; (\d+) older ones dropped", log))) > 800
-    arrived = [record for request in collector.requests[3:] for record in request.json]
-    assert ids(arrived)[-90:] == ids_of(912, 1001)
-    sizes = [int(request.headers["Content-Length"]) for request in collector.requests]
-    assert max(sizes) <= 1_000_001
+
+        def recover(connection):
+            collector.answers[""] = [answer()]
+            connection.sendall(invoke("large", more=400_000 * "x"))
+
+        send(batching, collector.url, [*events(1500), recover])
+        sent = [request for request in collector.requests if len(request.json) > 100]
+    assert len(sent[0].json) == 1000
+    assert max(len(request.body) for request in collector.requests) < 510_000
 
 
 @pytest.mark.parametrize("address", ["http://[", "http://a..b", "https://:80"])
 def test_no_url_ends_the_extension(address, batching):
-    assert "51 records not sent yet: " in send(batching, f"{address}/{TOKEN}", events(50))
+    log = send(batching, f"{address}/{TOKEN}", events(50))
+    assert counted(log, "not confirmed before the end") == 51
 
 
 @pytest.mark.parametrize(
@@ -165,27 +221,52 @@ def test_a_missing_url_ends_the_start_in_one_line(environment, batching):
         assert not api.asked("event/next")
 
 
-def test_a_few_records_are_sent_after_a_while_although_the_monotonic_clock_stood_still(hasty):
-    # The sleep of a thread, which was frozen.
-    replace(hasty.with_name("batches.py"), "time.sleep(0.2)", "time.sleep(60)")
-    replace(hasty, "from batches", "import time\ntime.monotonic = lambda: 0\nfrom batches")
-    later = lambda connection: (time.sleep(0.2), connection.sendall(invoke("1")))  # noqa: E731
-    collector, api = Collector(answer()), ExtensionsApiServer([invoke("0"), later, hangs])
-    with collector, api, started(hasty, api, COLLECTOR_URL=collector.url):
-        wait_until(lambda: len(api.asked("event/next")) == 3)
-        assert ids(collector.records) == ["0", "1"]
+CLOCK = """
+import time
+real_time, passed = time.time, 0
+time.time = lambda: real_time() + passed
+"""
 
 
-def test_batches_that_are_stuck_are_few_and_stop_no_other_one_and_not_the_last(hasty):
-    collector = Collector(DRIPS, DRIPS, DRIPS, answer())
-    api = ExtensionsApiServer([invoke("0"), hangs])
-    with collector, api, started(hasty, api, COLLECTOR_URL=collector.url) as it:
-        wait_until(lambda: len(collector.requests) == 3)
-        time.sleep(1)
-        assert len(collector.requests) == 3
-        it.terminate()
-        assert it.wait(10) == 0
-    assert ids(collector.requests[3].json) == ids_of(1)
+def test_connections_that_hang_do_not_stop_it_after_a_freeze(extension, tmp_path):
+    """A freeze lets the clock on the wall go on, and no time limit of a connection."""
+    code = CLOCK + README.replace(
+        "    batches.add", "    global passed; passed += 60\n    batches.add"
+    )
+    frozen = extension_with(extension, tmp_path, code, "TIMEOUT_SECONDS = 30")
+    answers = [hangs, hangs, hangs, answer()]
+    with Collector(*answers) as collector, ExtensionsApiServer([*events(5), hangs]) as api:
+        with started(frozen, api, COLLECTOR_URL=collector.url):
+            wait_until(lambda: len(api.asked("event/next")) == 6)
+            wait_until(lambda: len(collector.requests) >= 4)
+            assert {"0", "1", "2", "3"} <= {*ids(collector.requests[3].json)}
+
+
+def test_hanging_senders_are_few(extension, tmp_path):
+    def later(connection):
+        time.sleep(0.1)
+        connection.sendall(invoke())
+
+    settings = "BATCH_SECONDS = 0.1; TIMEOUT_SECONDS = 0.3; MAX_HANGING_SENDERS = 2"
+    many = extension_with(extension, tmp_path, README, settings)
+    drips = FAILURES["drips"][0]  # faster than the time limit
+    with Collector(drips) as collector, ExtensionsApiServer([*[later] * 40, hangs]) as api:
+        with started(many, api, COLLECTOR_URL=collector.url):
+            wait_until(lambda: len(api.asked("event/next")) == 41, 60)
+            assert len(collector.requests) == 3
+
+
+def test_without_a_further_thread_it_goes_on_with_the_sender_that_it_has(extension, tmp_path):
+    code = README + "\nimport threading\n"
+    no_thread = (
+        "def fail(*_): raise RuntimeError\n    threading.Thread.start = fail\n    batches.add"
+    )
+    code = f"import threading\n{README}".replace("batches.add", no_thread)
+    with Collector(hangs, answer()) as collector:
+        lonely = extension_with(extension, tmp_path, code, "TIMEOUT_SECONDS = 0.3")
+        log = send(lonely, collector.url, events(300))
+    assert "Traceback" not in log
+    assert ids(collector.requests[-1].json)[-1] is None
 
 
 def test_an_invocation_does_not_reach_its_deadline_for_a_collector_that_hangs(batching):
@@ -207,8 +288,8 @@ def test_an_invocation_does_not_reach_its_deadline_for_a_collector_that_hangs(ba
 @pytest.fixture
 def shipping(extension, tmp_path):
     """The extension with the example's files over its own. Here it listens on loopback only."""
-    files = {name: text.replace('("", 0)', '("127.0.0.1", 0)') for name, text in FILES.items()}
-    return variant(extension, tmp_path, files)
+    code = SHIPPING.replace('("", 0)', '("127.0.0.1", 0)')
+    return extension_with(extension, tmp_path, code)
 
 
 class TelemetryApi(ExtensionsApiServer):
@@ -225,18 +306,32 @@ class TelemetryApi(ExtensionsApiServer):
         assert request.headers["Lambda-Extension-Identifier"] == IDENTIFIER
         return request.json
 
+    @property
+    def destination(self):
+        """Where the extension receives telemetry, as a URL."""
+        return self.subscription["destination"]["URI"].replace("sandbox.localdomain", "127.0.0.1")
+
     def deliver(self, records):
-        """Posts records to the extension."""
-        address = self.subscription["destination"]["URI"]
-        address = address.replace("sandbox.localdomain", "127.0.0.1")
-        post(address, json.dumps(records).encode())
+        """Posts records to the extension, or bytes as they are."""
+        body = records if isinstance(records, bytes) else json.dumps(records).encode()
+        post(self.destination, body)
 
 
-def records_of(number):
+KINDS = "platform.start", "function", "platform.runtimeDone", "platform.report"
+
+
+def records_of(number, kinds=KINDS, more=""):
     """What Lambda delivers about an invocation."""
-    kinds = "platform.start", "function", "platform.runtimeDone", "platform.report"
-    record = {"requestId": str(number)}
-    return [{"time": f"at {number}", "type": kind, "record": record} for kind in kinds]
+    record = {"requestId": str(number), "more": more}
+    time = "2026-11-27T12:00:00.123Z"
+    return [{"time": time, "type": kind, "record": record} for kind in kinds]
+
+
+def delivered(records, arrived):
+    """How often each of these records has arrived, whatever was added to it."""
+    keys = "time", "type", "record"
+    arrived = [json.dumps({key: record[key] for key in keys}) for record in arrived]
+    return [arrived.count(json.dumps(record)) for record in records]
 
 
 def test_every_record_of_a_thousand_invocations_arrives(shipping):
@@ -268,29 +363,283 @@ def test_every_record_of_a_thousand_invocations_arrives(shipping):
         TelemetryApi([*map(invocation, range(1000)), end]) as api,
     ):
         assert end_of(shipping, api, COLLECTOR_URL=collector.url)[0] == 0
-    delivered = [record for number in [*range(1000), "the end"] for record in records_of(number)]
-    assert {*map(str, delivered)} <= {*map(str, collector.records)}
+    sent = [record for number in [*range(1000), "the end"] for record in records_of(number)]
+    arrived = {json.dumps(record["record"]) + record["type"] for record in collector.records}
+    assert {json.dumps(record["record"]) + record["type"] for record in sent} <= arrived
     assert not not_waited_for
 
 
+def test_records_say_which_function_and_invocation_they_are_from(shipping):
+    odd = [{}, "text", 5, None, [1], {"type": 5}, {"type": "platform.start"}]
+
+    def deliver(connection):
+        connection.sendall(invoke("1"))
+        api.deliver([*records_of(1), *odd])
+
+    function = {"AWS_LAMBDA_FUNCTION_NAME": "f", "AWS_LAMBDA_FUNCTION_VERSION": "$LATEST"}
+    with Collector(answer()) as collector, TelemetryApi([deliver, SHUTDOWN]) as api:
+        status, _, stderr = end_of(shipping, api, COLLECTOR_URL=collector.url, **function)
+    assert (status, stderr) == (0, "")
+    origin = {"function": "f", "version": "$LATEST", "requestId": "1"}
+    with_origin = [record | origin for record in [*records_of(1), *odd[-2:]]]
+    unreadable = [record for record in collector.records if record["type"] == "unreadable"]
+    assert [record for record in collector.records if record not in unreadable] == with_origin
+    assert [json.loads(record["record"]) for record in unreadable] == odd[:5]
+
+
+# What Lambda may send of an invocation instead of its end.
+CUT = json.dumps(records_of(0, more="x" * 100)).encode()
+LOSSES = {
+    "a record cut into two requests": [CUT[:150], CUT[150:]],
+    "a record that is not quoted": [b'[{"type": "function", "record": what?}]'],
+    "a record with NaN": [b'[{"type": "function", "record": NaN}]'],
+    "no UTF-8": [b'[{"type": "function", "record": "\xff"}]'],
+    "no array": [b'{"type": "function"}'],
+    "something before the array": [b'x[{"type": "function"}]'],
+    "something after the array": [b'[{"type": "function"}] done"}]'],
+    "nothing": [b""],
+    "too deep": [b"[" * 100_000],
+    "dropped records": [records_of(0, ["platform.logsDropped"])],
+}
+
+
+@pytest.mark.parametrize("bodies", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("when", ["before the event", "after it"])
+def test_no_invocation_is_held_for_an_end_that_does_not_arrive(shipping, bodies, when):
+    """The invocation may take an hour, and another record arrives that shows that it goes on."""
+
+    def deliver(connection):
+        api.deliver(records_of(0, ["platform.start"]))
+        if when == "before the event":
+            api.deliver(bodies[0])
+        connection.sendall(invoke("0"))
+        for body in bodies[1 if when == "before the event" else 0 :]:
+            api.deliver(body)
+        released.append(time.time())
+
+    def asks_again(connection):
+        released.append(time.time())
+        connection.sendall(SHUTDOWN)
+
+    released = []
+    with Collector(answer()) as collector, TelemetryApi([deliver, asks_again]) as api:
+        status, stdout, stderr = end_of(shipping, api, COLLECTOR_URL=collector.url)
+    assert (status, stderr) == (0, "")
+    lines = [line for line in stdout.splitlines() if "elemetry" in line]
+    assert len(lines) == len(bodies)
+    if bodies != LOSSES["dropped records"]:
+        unreadable = [it["record"] for it in collector.records if it["type"] == "unreadable"]
+        assert unreadable == [body.decode(errors="replace") for body in bodies]
+
+
+def test_a_request_that_is_not_received_does_not_hold_an_invocation_either(shipping):
+    def deliver(connection):
+        api.deliver(records_of(0, ["platform.start"]))
+        connection.sendall(invoke("0"))
+        host, port = api.destination.removeprefix("http://").split(":")
+        for request in b"POST / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n":
+            with socket.create_connection((host, port)) as client:
+                client.sendall(request)
+                client.recv(1000)
+
+    with TelemetryApi([deliver, SHUTDOWN]) as api:
+        status, stdout, stderr = end_of(shipping, api, COLLECTOR_URL=NOWHERE)
+    assert (status, stderr) == (0, "")
+    assert stdout.count("Telemetry that did not arrive: ") == 2
+
+
+def test_without_any_telemetry_an_invocation_is_held_for_a_second_at_most(shipping):
+    times = []
+
+    def silent(connection):
+        times.append(time.time())
+        connection.sendall(invoke("0"))
+
+    def asks_again(connection):
+        times.append(time.time())
+        connection.sendall(SHUTDOWN)
+
+    with TelemetryApi([silent, asks_again]) as api:
+        _, stdout, _ = end_of(shipping, api, COLLECTOR_URL=NOWHERE)
+    assert 0.9 < times[1] - times[0] < 60  # it could have taken an hour
+    assert stdout.count("Telemetry does not say that invocation 0 has ended") == 1
+
+
+def test_a_retry_with_the_same_request_id_waits_for_its_own_end(shipping):
+    asked = []
+
+    def first(connection):
+        connection.sendall(invoke("0"))
+        api.deliver(records_of(0))
+
+    def retry(connection):
+        api.deliver(records_of(0, ["platform.start"]))
+        connection.sendall(invoke("0"))
+        asked.append(bool(select.select([connection], [], [], 0.3)[0]))
+        api.deliver(records_of(0, ["platform.runtimeDone"]))
+
+    with TelemetryApi([first, retry, SHUTDOWN]) as api:
+        assert end_of(shipping, api, COLLECTOR_URL=NOWHERE)[0] == 0
+    assert asked == [False]
+
+
+def test_the_end_of_an_invocation_is_noticed_without_polling(shipping):
+    with TelemetryApi([invoke("0"), SHUTDOWN]) as api:
+        with started(shipping, api, COLLECTOR_URL=NOWHERE) as it:
+            wait_until(lambda: it.poll() is None and len(api.asked("event/next")) == 1)
+            api.deliver(records_of(0, ["platform.start"]))
+            before = context_switches(it.pid)
+            time.sleep(2)
+            assert context_switches(it.pid) - before < 20
+            api.deliver(records_of(0, ["platform.runtimeDone"]))
+            assert it.wait(20) == 0
+
+
+def context_switches(pid):
+    """How often the threads of a process have waited, except for the server's that listens."""
+    switches = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        counts = re.findall(r"\nvoluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text())
+        switches += sum(map(int, counts))
+    return switches
+
+
+def test_what_arrives_after_shutdown_is_sent_or_not_taken(shipping):
+    answers = []
+
+    def late(connection):
+        connection.sendall(SHUTDOWN)
+        for delay in 0, 0.35, 0.2, 0.6:
+            time.sleep(delay)
+            with contextlib.suppress(OSError):  # it has ended
+                host, port = api.destination.removeprefix("http://").split(":")
+                with socket.create_connection((host, port)) as client:
+                    number = len(answers)
+                    body = json.dumps(records_of(number, ["function"])).encode()
+                    head = f"POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+                    client.sendall(head.encode() + body)
+                    answers.append(client.recv(1000).split(b" ")[1])
+
+    with Collector(answer()) as collector, TelemetryApi([late]) as api:
+        assert end_of(shipping, api, COLLECTOR_URL=collector.url)[0] == 0
+        wait_until(lambda: len(answers) >= 2)
+    taken = [number for number, status in enumerate(answers) if status == b"200"]
+    arrived = {record["record"]["requestId"] for record in collector.records}
+    assert arrived == {str(number) for number in taken} >= {"0", "1"}
+
+
+def test_four_thousand_records_at_shutdown_arrive_at_a_slow_collector(shipping):
+    def slowly(connection):
+        time.sleep(0.2)
+        connection.sendall(answer())
+
+    def end(connection):
+        api.deliver(records_of(0, ["function"] * 2000))
+        connection.sendall(SHUTDOWN)
+        api.deliver(records_of(1, ["function"] * 2000))
+
+    with Collector(slowly) as collector, TelemetryApi([end]) as api:
+        _, stdout, _ = end_of(shipping, api, COLLECTOR_URL=collector.url)
+    assert (len(collector.records), counted(stdout, "dropped")) == (4000, 0)
+
+
+@pytest.mark.parametrize(("size", "number"), [(250_000, 40), (20_000, 400), (100, 30_000)])
+@pytest.mark.parametrize("seconds", [0, 0.05], ids=["at once", "after 50 ms"])
+def test_every_line_arrives_once_at_a_collector_that_answers(shipping, size, number, seconds):
+    def slowly(connection):
+        time.sleep(seconds)
+        connection.sendall(answer())
+
+    def deliver(connection):
+        connection.sendall(invoke("0"))
+        line = "x" * (size - 100)
+        for first in range(0, number, max(1, 250_000 // size)):
+            numbers = range(first, min(number, first + max(1, 250_000 // size)))
+            texts = [f"{line} {each}" for each in numbers]
+            api.deliver([{"time": "", "type": "function", "record": text} for text in texts])
+        api.deliver(records_of(0, ["platform.runtimeDone"]))
+
+    with Collector(slowly) as collector, TelemetryApi([deliver, SHUTDOWN]) as api:
+        _, stdout, _ = end_of(shipping, api, COLLECTOR_URL=collector.url)
+    lines = [it["record"].split(" ")[1] for it in collector.records if it["type"] == "function"]
+    assert sorted(map(int, lines)) == list(range(number))
+    assert "Records" not in stdout
+
+
+def test_a_collector_that_hangs_holds_lambda_for_one_delivery_and_lost_lines_are_counted(shipping):
+    held = []
+    lines = [{"time": "", "type": "function", "record": "x" * 60}] * 1000
+
+    def deliver(connection):
+        connection.sendall(invoke("0"))
+        for _ in range(36):
+            start = time.monotonic()
+            api.deliver(lines)
+            held.append(time.monotonic() - start)
+        collector.answers[""] = [answer()]
+        api.deliver(records_of(0, ["platform.runtimeDone"]))
+
+    with Collector(hangs) as collector, TelemetryApi([deliver, SHUTDOWN]) as api:
+        _, stdout, _ = end_of(shipping, api, COLLECTOR_URL=collector.url)
+    assert sum(seconds > 0.5 for seconds in held) <= 2
+    arrived = [record for request in collector.requests[1:] for record in request.json]
+    assert len(arrived) + counted(stdout, "dropped") == 36_001
+
+
+JUDGES = collectors.as_loki, collectors.as_elasticsearch, collectors.as_otlp
+assert len(FORMATS) == len(JUDGES)
+
+
+@pytest.mark.parametrize(
+    ("code", "judge"),
+    [*zip(FORMATS, JUDGES, strict=True)],
+    ids=["Loki", "Elasticsearch", "OpenTelemetry"],
+)
+def test_a_format_of_the_readme_is_what_that_collector_takes(extension, tmp_path, code, judge):
+    (name,) = re.findall(r"class (\w+)\(Batches\)", code)
+    shipping = SHIPPING.replace('("", 0)', '("127.0.0.1", 0)')
+    shipping = shipping.replace("batches = Batches()", f"import own\n\nbatches = own.{name}()")
+    ship = extension_with(extension, tmp_path, shipping)
+    (ship.parent / "own.py").write_text(code)
+
+    def deliver(connection):
+        connection.sendall(invoke("0"))
+        api.deliver(records_of(0))
+        api.deliver(b"no JSON")
+
+    settings = {"AWS_LAMBDA_FUNCTION_NAME": "f", "COLLECTOR_TOKEN": TOKEN}
+    with Collector(judge=judge) as collector, TelemetryApi([deliver, SHUTDOWN]) as api:
+        status, stdout, stderr = end_of(ship, api, COLLECTOR_URL=collector.url, **settings)
+    assert (status, stderr, collector.requests == []) == (0, "", False)
+    assert "Records" not in stdout  # none was refused, or not sent
+    assert TOKEN not in stdout
+
+
 def test_an_invocation_that_does_not_end_does_not_keep_it_from_the_next_event(shipping):
-    limit, asked = time.time() + 6, []  # after the first event, which imports requests
-    events = [invoke(seconds=0), invoke(seconds=6), lambda connection: asked.append(time.time())]
-    with TelemetryApi(events) as api, started(shipping, api, COLLECTOR_URL=NOWHERE) as it:
-        wait_until(lambda: asked)
-        nanoseconds_of_cpu = int(Path(f"/proc/{it.pid}/schedstat").read_text().split()[0])
-        assert nanoseconds_of_cpu < 1.5e9  # it does not spin
+    limit, asked = time.time() + 6, []
+
+    def endless(connection):
+        api.deliver(records_of(0, ["platform.start"]))
+        connection.sendall(invoke("0", seconds=4))
+
+    last = lambda connection: asked.append(time.time())  # noqa: E731
+    with TelemetryApi([invoke(seconds=0), endless, last]) as api:
+        with started(shipping, api, COLLECTOR_URL=NOWHERE):
+            wait_until(lambda: asked)
     assert asked[0] < limit
 
 
-def test_managed_instances_need_no_invoke_event(shipping):
-    replace(shipping.with_name("batches.py"), "SECONDS = 100, 10\n", "SECONDS = 100, 0.5\n")
+def test_managed_instances_need_no_invoke_event(extension, tmp_path):
+    code = SHIPPING.replace('("", 0)', '("127.0.0.1", 0)')
+    shipping = extension_with(extension, tmp_path, code, "BATCH_SECONDS = 0.5")
     environment = {"AWS_LAMBDA_INITIALIZATION_TYPE": "lambda-managed-instances"}
     with Collector(answer()) as collector, TelemetryApi([hangs]) as api:
         with started(shipping, api, COLLECTOR_URL=collector.url, **environment):
             wait_until(lambda: api.asked("event/next"))
             api.deliver(records_of(1))
-            wait_until(lambda: len(collector.records) == 4)
+            wait_until(lambda: len(collector.records) >= 4)
+    assert delivered(records_of(1), collector.records) == [1, 1, 1, 1]
+    assert not any("requestId" in record for record in collector.records)
     assert [request.json for request in api.asked("register")] == [{"events": ["SHUTDOWN"]}]
     assert api.subscription == {
         "schemaVersion": "2025-01-29",
@@ -311,7 +660,7 @@ def test_without_a_telemetry_api_it_says_so_and_goes_on(shipping, status):
 def test_managed_instances_of_the_emulator_run_four_invocations_at_the_same_time_and_deliver(
     evaluating, engine
 ):
-    shutil.copytree(ROOT / "examples" / "ship_logs", evaluating / NAME, dirs_exist_ok=True)
+    shutil.copytree(EXAMPLE, evaluating / NAME, dirs_exist_ok=True)
     managed = {"AWS_LAMBDA_MAX_CONCURRENCY": "4", "BASE_IMAGE": first_base_image()}
     with running(evaluating, "--docker", "-e", f"COLLECTOR_URL={NOWHERE}", **managed) as it:
         assert "-H 'Content-Type: application/json'" in it.output
@@ -324,4 +673,19 @@ def test_managed_instances_of_the_emulator_run_four_invocations_at_the_same_time
             # The first ones meet unready workers.
             wait_until(lambda: list(pool.map(invoke, events)) == [2] * 4, 60)
         assert it.stop() == 0
-        assert re.search(r" [1-9]\d* records not sent yet: ConnectionError", it.output)
+        assert re.search(r" Records not sent yet: [1-9]\d* \(ConnectionError\)", it.output)
+
+
+@pytest.mark.slow
+def test_try_sh_shows_the_line_that_the_function_logs(sample, engine):
+    command = sample / "examples" / "ship_logs" / "try.sh", "-p", free_port()
+    environment = os.environ | {"BASE_IMAGE": first_base_image()}
+    with Logged(command, env=environment, start_new_session=True) as it:
+        shown = "\"record\": \"Hello from the function's log: {'key': 'value'}"
+        try:
+            wait_until(lambda: it.poll() is not None or shown in it.out, 300)
+            assert shown in it.out, it.output
+        finally:
+            it.terminate()
+            it.wait(60)
+    assert not processes_of(sample)

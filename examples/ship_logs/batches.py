@@ -1,121 +1,346 @@
-"""Collects records and sends them to COLLECTOR_URL, in JSON arrays and beside the function.
+"""Collects records and sends them to COLLECTOR_URL beside the function, many in one request.
 
-Each is sent once or more often.
+Each record arrives at least once, unless the collector refuses it, or fails until newer records
+have filled the buffer, or until the extension ends.
 """
 
 import collections
+import itertools
 import json
 import os
+import sys
 import threading
 import time
 
-from lifecycle import log
+from lifecycle import fail_with, log
 
-# A batch is due with so many records, or after so much time; after a failure only then.
-RECORDS, SECONDS = 100, 10
-# Records in an array, and bytes of unsent ones, at most.
-ARRAY, BYTES = 500, 1_000_000
-# Seconds that process() waits for a batch, and leaves before Lambda ends the invocation.
-DEADLINE, MARGIN = 1, 0.5
-# Seconds without a byte from the collector; attempts at a time, as one may be stuck.
-TIMEOUT, ATTEMPTS = 5, 3
+# When a batch is sent: at the end of an invocation, if so many records are waiting or the batch
+# before began so many seconds ago; in a long invocation, after so many seconds, too.
+BATCH_RECORDS = 100
+BATCH_SECONDS = 10
+
+# The most that may wait, in bytes of memory. A batch is also sent when half of it is taken. When
+# all of it is taken, the oldest records are dropped.
+MAX_WAITING_BYTES = 1_000_000
+
+# The most that one request contains.
+RECORDS_IN_REQUEST = 1_000
+CHARACTERS_IN_REQUEST = 500_000
+
+# How long the callers of send() and wait_for_room() wait for the collector, and how long before the
+# end of the invocation send() returns.
+PATIENCE_SECONDS = 1
+MARGIN_SECONDS = 0.5
+
+# How long send() takes at most after SHUTDOWN, and how long before the deadline it returns.
+SHUTDOWN_SECONDS = 1.2
+SHUTDOWN_MARGIN_SECONDS = 0.1
+
+# A request fails when no byte of the response arrives within this time. That timeout stands still
+# while Lambda freezes the environment, and does not cover DNS. So a sender that has had no answer
+# for a second longer, by the wall clock, is replaced by another one.
+TIMEOUT_SECONDS = 5
+
+# How many replaced senders may still hang. Each of them keeps a thread, and a request.
+MAX_HANGING_SENDERS = 8
+
+# What becomes of a request.
+SENT = "sent"
+REFUSED = "refused"
+FAILED = "failed"
+
+# With these, a collector objects to what a request contains. After any other status that is not
+# 2xx, the same request may succeed later.
+REFUSING_STATUSES = (400, 413, 422)
+
+encode = json.JSONEncoder(allow_nan=False).encode  # NaN is no JSON
 
 
 class Batches:
-    """Records on their way to a collector.
+    """Records on their way to a collector. A thread of its own, the sender, sends them.
 
-    Each is kept until an answer of 2xx, or of 4xx, which refuses it.
+    All waiting records together become a batch. There is one batch at a time, and it belongs to one
+    sender. A sender whose batch is no longer the current one has been replaced, and gives up.
     """
 
-    def __init__(self):
-        self._lock = threading.Lock()
-        # (number, JSON text), the oldest first; their size.
-        self._unsent, self._bytes = collections.deque(), 0
-        # Records: ever, at the last attempt, since the last log line.
-        self._added = self._tried = self._dropped = 0
-        # Threads; wall clock, because the monotonic one stops in a freeze.
-        self._attempts, self._last = [], time.time()
+    def __init__(self) -> None:
+        self.url = ""
+        self.token = ""
+        self._changed = threading.Condition()  # also the lock of all that follows
+        self._waiting = collections.deque()  # JSON texts, the oldest first
+        self._waiting_bytes = 0
+        self._timer_ends = 0.0  # when they have waited BATCH_SECONDS, by the monotonic clock
+        self._batch = collections.deque()  # the texts that are being sent, older than the waiting
+        self._batch_began = time.time()
+        self._last_answer = time.time()  # to this batch; at first, when it began
+        self._last_success = time.time()  # likewise
+        self._has_failed = False  # the batch before
+        self._sender = None  # a thread
+        self._replaced_senders = []  # those threads that may still hang
+        # Since the last lines in the log:
+        self._dropped = 0
+        self._refused = 0
+        self._refusal = ""  # the reason
 
-    def start(self):
-        """Reads COLLECTOR_URL, and ends the start if it is missing. Call this in init()."""
-        self._url = os.environ.get("COLLECTOR_URL", "")
-        if not self._url.startswith(("http://", "https://")):
-            raise SystemExit("COLLECTOR_URL must be an http:// or https:// URL")
-        threading.Thread(target=self._watch).start()
+    def start(self) -> None:
+        """Reads COLLECTOR_URL and COLLECTOR_TOKEN, and starts the sender. Call this in init().
 
-    def add(self, record):
-        """Adds a record: anything that JSON can hold. Any thread may call this."""
-        text = json.dumps(record)
-        with self._lock:
-            self._unsent.append((self._added, text))
-            self._added += 1
-            self._bytes += len(text)
-            # The newest are kept, but not one that leaves no room for others.
-            while self._bytes > BYTES:
-                _, text = self._unsent.pop() if len(text) > BYTES else self._unsent.popleft()
-                self._bytes -= len(text)
-                self._dropped += 1
-
-    def send(self, event):
-        """Sends what is due, at SHUTDOWN all that is unsent, and waits for that until DEADLINE.
-
-        Ends process(event).
+        It ends the extension if there is no valid URL.
         """
-        final = event["eventType"] == "SHUTDOWN"
-        self._attempt(final)
-        for attempt in self._attempts[-1:]:
-            end = self._last + DEADLINE
-            if not final:
-                end = min(end, event["deadlineMs"] / 1000 - MARGIN)
-            attempt.join(end - time.time())
-            if final and attempt.is_alive():
-                log(f"{len(self._unsent)} records not sent: no answer within {DEADLINE} s")
+        self.url = os.environ.get("COLLECTOR_URL", "").strip()
+        self.token = os.environ.get("COLLECTOR_TOKEN", "").strip()
+        if not self.url.startswith(("http://", "https://")):
+            raise SystemExit("COLLECTOR_URL must be an http:// or https:// URL")
+        self._start_sender()
 
-    def _watch(self):
-        while True:  # in long invocations, and on Managed Instances, which have no INVOKE event
-            time.sleep(0.2)
-            self._attempt()
+    def request(self, texts: list[str]) -> tuple[bytes, dict[str, str]]:
+        """Returns body and headers of the request that sends these records, which are JSON texts.
 
-    def _attempt(self, final=False):
-        with self._lock:
-            is_late = not 0 <= time.time() - self._last < SECONDS  # or the clock was set back
-            # No attempt has had any of these, so none of them has failed.
-            is_full = len(self._unsent) >= RECORDS and self._unsent[0][0] >= self._tried
-            self._attempts = [attempt for attempt in self._attempts if attempt.is_alive()]
-            is_due = final or ((is_late or is_full) and len(self._attempts) < ATTEMPTS)
-            if self._unsent and is_due:
-                self._tried, self._last = self._added, time.time()
-                # A thread can be left alone: DNS, dead addresses and answers that drip take longer
-                # than any timeout.
-                attempt = threading.Thread(target=self._post, args=[list(self._unsent)])
-                self._attempts.append(attempt)
-                attempt.start()
+        Override this for another format. An exception here is a bug, and ends the extension.
+        """
+        headers = {"Content-Type": "application/json"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        return f"[{','.join(texts)}]".encode(), headers
 
-    def _post(self, unsent):
-        refused = sent = True
-        while unsent and (sent or refused):
-            array, unsent = unsent[:ARRAY], unsent[ARRAY:]
-            try:
-                import requests  # slow, so the cold start does not wait for it
+    def add(self, record: object) -> None:
+        """Adds a record, which must be something that JSON can hold. Any thread may call this.
 
-                # For each array: a connection that was kept is dead after a freeze.
-                with requests.Session() as session:
-                    # Otherwise requests reads the answer, followed or not.
-                    session.get_redirect_target = lambda resp: None
-                    session.headers["Content-Type"] = "application/json"
-                    body = f"[{','.join(text for _, text in array)}]".encode()
-                    with session.post(self._url, body, timeout=TIMEOUT, stream=True) as answer:
-                        status = answer.status_code
-                        reason, sent = f"status {status}", 200 <= status < 300
-                        refused = 400 <= status < 500 and status not in (408, 429)
-            except Exception as error:  # whatever it is, the extension goes on
-                sent = refused = False
-                reason = type(error).__name__  # its text has the URL, perhaps with a token
-            with self._lock:
-                while (sent or refused) and self._unsent and self._unsent[0][0] <= array[-1][0]:
-                    self._bytes -= len(self._unsent.popleft()[1])
-                dropped, self._dropped = self._dropped, 0
-            if dropped or not sent:
-                outcome = "sent" if sent else "refused" if refused else "not sent yet"
-                records = len(array + unsent)
-                log(f"{records} records {outcome}: {reason}; {dropped} older ones dropped")
+        Raises TypeError, ValueError or RecursionError if JSON cannot hold it.
+        """
+        self.add_texts([encode(record)])
+
+    def add_texts(self, texts: list[str]) -> None:
+        """Adds records that are JSON already. Any thread may call this."""
+        with self._changed:
+            if not self._waiting:
+                self._start_timer()
+            # A record that is larger than the buffer would push all others out of it.
+            kept = [text for text in texts if sys.getsizeof(text) <= MAX_WAITING_BYTES]
+            self._dropped += len(texts) - len(kept)
+            self._waiting.extend(kept)
+            self._waiting_bytes += sum(map(sys.getsizeof, kept))
+            self._replace_stuck_sender()
+            if self._is_half_full() and not self._has_failed:
+                self._begin_batch()
+            self._drop_oldest()
+
+    def wait_for_room(self) -> None:
+        """Waits while more than half of the buffer is taken, and the collector accepts records."""
+        with self._changed:
+            while self._batch and self._is_half_full():
+                patience = PATIENCE_SECONDS - seconds_since(self._last_success)
+                if patience <= 0:
+                    break
+                self._changed.wait(patience)
+
+    def send(self, event: dict) -> None:
+        """Sends what is due, and waits a moment for it. Call this at the end of process(event).
+
+        At SHUTDOWN it sends everything, and says how many records it could not send.
+        """
+        seconds_left = event["deadlineMs"] / 1000 - time.time()
+        with self._changed:
+            if event["eventType"] == "SHUTDOWN":
+                self._send_everything(min(seconds_left - SHUTDOWN_MARGIN_SECONDS, SHUTDOWN_SECONDS))
+                return
+            self._replace_stuck_sender()
+            is_time = seconds_since(self._batch_began) >= BATCH_SECONDS
+            is_enough = len(self._waiting) >= BATCH_RECORDS and not self._has_failed
+            if is_time or is_enough:
+                self._begin_batch()
+            patience = PATIENCE_SECONDS - seconds_since(self._batch_began)
+            self._wait_for_batch(min(patience, seconds_left - MARGIN_SECONDS))
+
+    def _send_everything(self, seconds):
+        end = time.monotonic() + seconds
+        # A batch from before may hang. Then another sender takes it over, with all other records.
+        while self._batch and time.monotonic() < end:
+            patience = PATIENCE_SECONDS - seconds_since(self._last_answer)
+            if patience <= 0:
+                self._replace_sender()
+                break
+            self._wait_for_batch(min(patience, end - time.monotonic()))
+        self._has_failed = False
+        while (self._batch or self._waiting) and not self._has_failed:
+            self._begin_batch()
+            self._wait_for_batch(end - time.monotonic())
+            if time.monotonic() >= end:
+                break
+        if self._batch or self._waiting:
+            unconfirmed = len(self._batch) + len(self._waiting)
+            log(f"Records not confirmed before the end: {unconfirmed}")
+        self._log_losses()
+
+    def _wait_for_batch(self, seconds):
+        """Waits so long until this batch has been sent, has failed, or has been taken away."""
+        batch = self._batch
+        self._changed.wait_for(lambda: not batch or batch is not self._batch, max(0, seconds))
+
+    def _is_half_full(self):
+        return self._waiting_bytes > MAX_WAITING_BYTES / 2
+
+    def _start_timer(self):
+        """Lets the sender begin a batch after BATCH_SECONDS, if nobody else has begun one.
+
+        The monotonic clock stands still while Lambda freezes the environment. That is intended: the
+        next invocation shall send these records at its end, together with its own.
+        """
+        self._timer_ends = time.monotonic() + BATCH_SECONDS
+        self._changed.notify_all()
+
+    def _begin_batch(self):
+        """Hands all waiting records to the sender, unless it is still at work."""
+        if self._waiting and not self._batch:
+            self._batch = self._waiting
+            self._waiting = collections.deque()
+            self._waiting_bytes = 0
+            self._batch_began = self._last_answer = self._last_success = time.time()
+            self._changed.notify_all()
+
+    def _end_batch(self, has_failed):
+        """Lets the records wait again that have not been sent."""
+        self._waiting.extendleft(reversed(self._batch))
+        self._waiting_bytes += sum(map(sys.getsizeof, self._batch))
+        self._batch = collections.deque()
+        self._has_failed = has_failed
+        self._drop_oldest()
+        self._log_losses()
+        self._start_timer()
+
+    def _drop_oldest(self):
+        while self._waiting_bytes > MAX_WAITING_BYTES:
+            self._waiting_bytes -= sys.getsizeof(self._waiting.popleft())
+            self._dropped += 1
+
+    def _log_losses(self):
+        if self._refused:
+            log(f"Records refused: {self._refused} ({self._refusal})")
+        if self._dropped:
+            log(f"Records dropped: {self._dropped} (the buffer is full)")
+        self._refused = 0
+        self._dropped = 0
+
+    def _start_sender(self):
+        self._sender = threading.Thread(target=self._run_sender)
+        self._sender.start()
+
+    def _replace_stuck_sender(self):
+        if self._batch and seconds_since(self._last_answer) > TIMEOUT_SECONDS + 1:
+            self._replace_sender()
+
+    def _replace_sender(self):
+        """Lets another thread be the sender, if one can be started, and ends the batch."""
+        hanging = [thread for thread in self._replaced_senders if thread.is_alive()]
+        if len(hanging) >= MAX_HANGING_SENDERS:
+            return
+        replaced = self._sender
+        try:
+            self._start_sender()
+        except RuntimeError:  # no thread can be started
+            self._sender = replaced
+            return
+        self._replaced_senders = [*hanging, replaced]
+        log(f"Records not sent yet: {len(self._batch)} (no answer)")
+        self._end_batch(has_failed=True)
+
+    def _run_sender(self):
+        try:
+            self._send_batches()
+        except BaseException as error:  # a bug in request() ends the extension, as one in process()
+            fail_with(error)
+
+    def _send_batches(self):
+        """Sends batch after batch, until this sender is replaced."""
+        import requests  # imported only here, so that the extension registers sooner
+
+        session = requests.Session()
+        # Otherwise requests reads the body of a redirection, of any size, although it does not
+        # follow it.
+        session.get_redirect_target = lambda resp: None
+        me = threading.current_thread()
+        while True:
+            with self._changed:
+                while not self._batch and me is self._sender:
+                    seconds = self._timer_ends - time.monotonic() if self._waiting else None
+                    if seconds is None or seconds > 0:
+                        self._changed.wait(seconds)
+                    else:
+                        self._begin_batch()
+                if me is not self._sender:
+                    return
+                batch = self._batch
+            self._send_batch(session, batch)
+
+    def _send_batch(self, session, batch):
+        """Sends the batch in few requests, and in smaller ones where the collector refuses some."""
+        size = RECORDS_IN_REQUEST
+        while True:
+            texts = beginning_of(batch, size)
+            outcome, reason = self._post(session, texts)
+            with self._changed:
+                if batch is not self._batch:
+                    return  # this sender has been replaced
+                self._last_answer = time.time()
+                if outcome == FAILED:
+                    log(f"Records not sent yet: {len(batch)} ({reason})")
+                    self._end_batch(has_failed=True)
+                    return
+                if outcome == REFUSED and len(texts) > 1:
+                    size = len(texts) // 2  # some of these are to blame: find out which
+                    continue
+                if outcome == REFUSED:
+                    self._refused += 1
+                    self._refusal = reason
+                else:
+                    self._last_success = self._last_answer
+                for _ in texts:
+                    batch.popleft()
+                size = min(2 * size, RECORDS_IN_REQUEST)
+                if not batch:
+                    self._end_batch(has_failed=False)
+                    return
+
+    def _post(self, session, texts):
+        """Sends records; returns SENT, REFUSED or FAILED, and the reason (str)."""
+        body, headers = self.request(texts)
+        try:
+            # A connection of its own, because one that was kept is dead after a freeze. The body of
+            # the response is not read, because it may be of any size.
+            with session.post(
+                self.url,
+                data=body,
+                headers=headers,
+                timeout=TIMEOUT_SECONDS,
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                status = response.status_code
+        except Exception as error:  # HTTP clients raise more than they document
+            return FAILED, type(error).__name__  # not its text: that has the URL, perhaps a token
+        if 200 <= status < 300:
+            return SENT, f"status {status}"
+        if status in REFUSING_STATUSES:
+            return REFUSED, f"status {status}"
+        return FAILED, f"status {status}"
+
+
+def beginning_of(batch, size):
+    """Returns the first texts of a batch: as many as size says, or as fit into a request."""
+    texts = []
+    space = CHARACTERS_IN_REQUEST
+    for text in itertools.islice(batch, size):
+        space -= len(text)
+        if space < 0 and texts:
+            break
+        texts.append(text)
+    return texts
+
+
+def seconds_since(moment):
+    """Returns the time since a moment of the wall clock, or infinity if that was set back since.
+
+    time.monotonic() would stand still while Lambda freezes the environment.
+    """
+    seconds = time.time() - moment
+    return seconds if seconds >= 0 else float("inf")

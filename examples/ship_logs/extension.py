@@ -1,68 +1,260 @@
 """Ships what the function logs, and what Lambda says about its invocations, to COLLECTOR_URL."""
 
+from lifecycle import api, log, run  # first: it catches signals, and other imports may take long
+
+# isort: split
 import collections
 import json
+import os
+import socketserver
+import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
-from batches import MARGIN, Batches
-from extensions_api import ExtensionsApiError
-from lifecycle import api, log, run
+from batches import MARGIN_SECONDS, Batches
+from extensions_api import SHUTDOWN, ExtensionsApiError
 
-batches = Batches()
-# Request IDs of the last invocations that the function has finished.
-done = collections.deque(maxlen=100)
-subscribed = threading.Event()
+# https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html
+TELEMETRY_PATH = "/2022-07-01/telemetry"
 
+# The types of records that tell process() when to stop waiting.
+NOTED_TYPES = ("platform.start", "platform.runtimeDone", "platform.logsDropped")
 
-class _Receiver(BaseHTTPRequestHandler):
-    def do_POST(self):
-        for record in json.loads(self.rfile.read(int(self.headers["Content-Length"]))):
-            batches.add(record)
-            if record["type"] == "platform.runtimeDone":
-                done.append(record["record"]["requestId"])
-        self.send_response_only(200)
-        self.end_headers()
+# How long process() waits until Lambda says that the invocation has started.
+START_SECONDS = 1
+
+# After SHUTDOWN, telemetry is still on its way. It is taken until none has come for so long, and
+# at most so long in all. The rest of the time is for sending it.
+QUIET_SECONDS = 0.4
+LAST_TELEMETRY_SECONDS = 0.7
 
 
-def init():
-    """Subscribes to the Telemetry API.
-
-    https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html
-    """
+def init() -> None:
+    """Subscribes to the Telemetry API, if there is one."""
     batches.start()
-    server = ThreadingHTTPServer(("", 0), _Receiver)
-    address = f"http://sandbox.localdomain:{server.server_port}"
+    server = Server(("", 0), Receiver)
     subscription = {
-        "schemaVersion": "2025-01-29",  # which Managed Instances know
-        "types": ["platform", "function"],  # not "extension": its own lines would come back
-        "buffering": {"timeoutMs": 25},  # the least delay
-        "destination": {"protocol": "HTTP", "URI": address},
+        # The schema that Managed Instances know, too.
+        "schemaVersion": "2025-01-29",
+        # Not "extension": what this extension logs would come back to it.
+        "types": ["platform", "function"],
+        # The least delay, because process() waits for the end of the invocation.
+        "buffering": {"timeoutMs": 25},
+        "destination": {
+            "protocol": "HTTP",
+            "URI": f"http://sandbox.localdomain:{server.server_address[1]}",
+        },
     }
     try:
-        status = api.send("PUT", "/2022-07-01/telemetry", subscription).status
+        status = api.send("PUT", TELEMETRY_PATH, subscription).status
     except ExtensionsApiError as error:
         status = error
     if status == 200:
         threading.Thread(target=server.serve_forever).start()
-        subscribed.set()
-    else:  # AWS's emulator answers 202 NotSupported, others 404
+        telemetry.is_subscribed = True
+    else:  # AWS's emulator answers 202, others 404
         server.server_close()
-        log(f"Ships no logs, because the Telemetry API is not supported here, or refuses: {status}")
+        log(f"Ships no logs: the Telemetry API is not supported here, or refuses: {status}")
 
 
-def process(event):
+def process(event: dict) -> None:
     """Waits until the function has finished, and sends what is due.
 
-    Then the environment may be frozen.
+    Otherwise Lambda may freeze the environment before the records have been sent.
     """
-    if event["eventType"] == "SHUTDOWN":
-        time.sleep(0.2)  # the last records are on their way
-    elif subscribed.is_set():
-        while event["requestId"] not in done and time.time() < event["deadlineMs"] / 1000 - MARGIN:
-            time.sleep(0.005)
+    if telemetry.is_subscribed:
+        if event["eventType"] == SHUTDOWN:
+            telemetry.wait_for_the_last()
+        else:
+            telemetry.wait_for_end_of(event["requestId"], event["deadlineMs"] / 1000)
     batches.send(event)
 
 
-run(process, init)
+class Telemetry:
+    """What the Telemetry API has said. The receiver's thread takes it, process() waits for it."""
+
+    def __init__(self):
+        self.is_subscribed = False
+        self._changed = threading.Condition()  # also the lock of all that follows
+        self._is_closed = False  # nothing more is taken
+        self._request_id = None  # of the invocation that has started last
+        self._ended = collections.deque(maxlen=100)  # the request IDs of invocations
+        self._is_incomplete = False  # something was lost since the last wait
+        self._last_arrival = 0.0
+        self._origin = origin_of_records(None)
+
+    def take(self, body):
+        """Takes the body of a request (bytes), a JSON array, and passes its records on.
+
+        Returns whether it did: after SHUTDOWN it does not, once it is too late to send them.
+        """
+        with self._changed:
+            if self._is_closed:
+                return False
+            self._last_arrival = time.monotonic()
+            texts = []
+            try:
+                for record, text in records_in(body.decode()):
+                    if not isinstance(record, dict) or not record:
+                        text = unreadable(text)
+                    elif record.get("type") in NOTED_TYPES:
+                        self._note(record)
+                    texts.append(text[:-1] + self._origin)
+            except (ValueError, LookupError, RecursionError) as error:
+                # A record that is too long is split across two bodies, for example:
+                # https://github.com/DataDog/datadog-lambda-extension/issues/1357
+                texts = [unreadable(body.decode(errors="replace"))[:-1] + self._origin]
+                self._note_loss(f"Telemetry that is not JSON, and shipped as text: {error}")
+            batches.add_texts(texts)
+            self._changed.notify_all()
+            return True
+
+    def report_loss(self, what):
+        """Says in one line what did not arrive. It may have been what process() waits for."""
+        with self._changed:
+            self._note_loss(what)
+            self._changed.notify_all()
+
+    def _note_loss(self, what):
+        self._is_incomplete = True
+        log(what)
+
+    def _note(self, record):
+        """Notes what a record says about invocations."""
+        content = record.get("record")
+        if record["type"] == "platform.logsDropped":
+            self._note_loss(f"Lambda has dropped telemetry: {content}")
+        elif isinstance(content, dict) and record["type"] == "platform.start":
+            self._request_id = content.get("requestId")
+            self._origin = origin_of_records(self._request_id)
+        elif isinstance(content, dict):
+            self._ended.append(content.get("requestId"))
+
+    def wait_for_end_of(self, request_id, deadline):
+        """Waits until the function has finished an invocation, if that can be known.
+
+        It cannot when telemetry was lost, or does not even say that the invocation has started.
+        """
+        begin = time.monotonic()
+        end = begin + deadline - time.time() - MARGIN_SECONDS
+        with self._changed:
+            while request_id not in self._ended and not self._is_incomplete:
+                limit = end
+                if self._request_id != request_id:  # it has not started, so far as Lambda says
+                    limit = min(end, begin + START_SECONDS)
+                seconds_left = limit - time.monotonic()
+                if seconds_left <= 0:
+                    log(f"Telemetry does not say that invocation {request_id} has ended")
+                    break
+                self._changed.wait(seconds_left)
+            self._is_incomplete = False
+            if request_id in self._ended:
+                self._ended.remove(request_id)  # a retry has the same ID
+
+    def wait_for_the_last(self):
+        """Waits until nothing arrives any more, and lets nothing arrive afterwards."""
+        begin = time.monotonic()
+        end = begin + LAST_TELEMETRY_SECONDS
+        with self._changed:
+            self._last_arrival = begin
+            while (now := time.monotonic()) < min(self._last_arrival + QUIET_SECONDS, end):
+                self._changed.wait(min(self._last_arrival + QUIET_SECONDS, end) - now)
+            self._is_closed = True
+
+
+class Server(socketserver.TCPServer):
+    """Handles one request at a time, so that Lambda waits while batches has no room.
+
+    It is not an HTTPServer, which would ask DNS for the name of this machine.
+    """
+
+    request_queue_size = 100
+
+    def handle_error(self, request, client_address):
+        """Says in one line that a request has failed, instead of a traceback."""
+        telemetry.report_loss(f"Telemetry that did not arrive: {sys.exc_info()[1]!r}")
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """Receives one request of the Telemetry API."""
+
+    timeout = 5  # for Lambda to send the request, in seconds
+
+    def do_POST(self):
+        """Answers 200 when the records have been taken, and there is room for more."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if telemetry.take(body):
+            batches.wait_for_room()
+            self.respond(200)
+        else:
+            self.respond(503)
+
+    def respond(self, status):
+        """Sends a response without a body."""
+        self.send_response_only(status)
+        self.end_headers()
+
+    def log_error(self, format, *args):
+        """Says in one line that a request is not HTTP, or did not come to its end in time."""
+        telemetry.report_loss(f"Telemetry that did not arrive: {format % args}")
+
+
+def records_in(text):
+    """Yields the records of a JSON array, each with its own text.
+
+    That is quicker than to parse the array and make texts again. Raises ValueError, LookupError or
+    RecursionError where it is not JSON.
+    """
+    text = text.strip()
+    if not text.startswith("["):
+        raise ValueError("not an array")
+    end = 1
+    try:
+        while True:
+            while text[end] in ", \t\r\n":
+                end += 1
+            if text[end] == "]":
+                break
+            begin = end
+            record, end = scan(text, begin)
+            yield record, text[begin:end]
+    except StopIteration as error:
+        raise ValueError(f"no value at character {error}") from None
+    if text[end:] != "]":
+        raise ValueError(f"more than an array, from character {end}")
+
+
+def refuse(constant):
+    """Refuses NaN and infinity, which Python takes for JSON, and few collectors."""
+    raise ValueError(f"{constant} is not JSON")
+
+
+# Takes a text and a position; returns the value there, and the position after it. What raw_decode()
+# adds to it takes time for each record.
+scan = json.JSONDecoder(parse_constant=refuse).scan_once  # pyright: ignore
+
+
+def unreadable(text):
+    """Returns the JSON text of a record that holds what is not a record."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+    return json.dumps({"time": now, "type": "unreadable", "record": text})
+
+
+def origin_of_records(request_id):
+    """Returns what is added to each record, as the end of a JSON object."""
+    origin = {
+        "function": os.environ.get("AWS_LAMBDA_FUNCTION_NAME"),
+        "version": os.environ.get("AWS_LAMBDA_FUNCTION_VERSION"),
+    }
+    # On Managed Instances the records of many invocations come together.
+    if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") != "lambda-managed-instances":
+        origin["requestId"] = request_id
+    return f", {json.dumps(origin)[1:]}"
+
+
+batches = Batches()
+telemetry = Telemetry()
+
+if __name__ == "__main__":
+    run(process, init)

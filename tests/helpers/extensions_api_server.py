@@ -12,7 +12,7 @@ import socketserver
 import struct
 import threading
 import time
-import types
+import typing
 
 IDENTIFIER = "11111111-2222-3333-4444-555555555555"
 
@@ -48,7 +48,23 @@ def hangs(connection):
 
 REGISTERED = answer(body={"functionName": "f"}, Lambda_Extension_Identifier=IDENTIFIER)
 REPORTED = answer(202)
-SHUTDOWN = answer(body={"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": 1})
+SHUTDOWN = answer(
+    body={"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": 4102444800000}
+)
+
+
+class Request(typing.NamedTuple):
+    """A request that a server got."""
+
+    method: str
+    path: str
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self):
+        """The body, from JSON; None if there is none."""
+        return json.loads(self.body or "null")
 
 
 class _Connection(socketserver.StreamRequestHandler):
@@ -61,12 +77,9 @@ class _Connection(socketserver.StreamRequestHandler):
                 method, path, _ = request_line.decode().split()
                 headers = http.client.parse_headers(self.rfile)
                 body = self.rfile.read(int(headers.get("Content-Length", 0)))
-                content = json.loads(body or "null")
-                request = types.SimpleNamespace(method=method, path=path, headers=headers)
-                request.json = content
+                request = Request(method, path, headers, body)
                 server.requests.append(request)
-                answers = next(each for end, each in server.answers.items() if path.endswith(end))
-                answer = answers.pop(0) if len(answers) > 1 else answers[0]
+                answer = server.answer_to(request)
                 if answer is None:
                     return
                 if callable(answer):
@@ -79,8 +92,7 @@ class ExtensionsApiServer(socketserver.ThreadingTCPServer):
     """Answers each request with the next of the answers for its kind.
 
     These are `register` for registrations, `events` for requests for events, and 202 for reports.
-    The last answer of each repeats. It keeps the requests: method, path, headers, and the body from
-    JSON as `json`.
+    The last answer of each repeats. It keeps the requests.
     """
 
     daemon_threads = True
@@ -101,6 +113,11 @@ class ExtensionsApiServer(socketserver.ThreadingTCPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
+
+    def answer_to(self, request):
+        """The answer to a request."""
+        answers = next(each for end, each in self.answers.items() if request.path.endswith(end))
+        return answers.pop(0) if len(answers) > 1 else answers[0]
 
     def asked(self, path):
         """The requests for a path, such as "register"."""

@@ -27,11 +27,11 @@ def copy_sample(folder, sample=ROOT):
     return copy
 
 
-def replace(file, before, after):
-    """Edits a file of a copy."""
+def replace(file, before, after, count=-1):
+    """Edits a file of a copy, everywhere or at its first so many places."""
     text = file.read_text()
     assert before in text
-    file.write_text(text.replace(before, after))
+    file.write_text(text.replace(before, after, count))
 
 
 def once(folder, statement):
