@@ -1,5 +1,5 @@
 #!/bin/sh
-# The image's ENTRYPOINT, and its /var/runtime/bootstrap. On Lambda, which sets
+# The image's ENTRYPOINT, and also its /var/runtime/bootstrap. On Lambda, which sets
 # AWS_LAMBDA_RUNTIME_API, it becomes the runtime interface client (RIC), which calls the handler.
 # Elsewhere it becomes the Runtime Interface Emulator (RIE), which starts the RIC.
 
@@ -12,7 +12,7 @@ fi
 # `python3 -m` imports the function and its dependencies from the working directory.
 cd "${LAMBDA_TASK_ROOT:-.}" || exit
 
-# A function may have set a PATH without Python.
+# The function's PATH may lack Python.
 export PATH="${PATH:+$PATH:}/usr/local/bin:/usr/bin:/bin"
 
 # "$@" becomes the command to run. It is put together from back to front.

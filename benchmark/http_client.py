@@ -1,4 +1,4 @@
-"""The floor for Python: its own HTTP client on one TCP connection, nothing checked."""
+"""The floor for Python: http.client, one TCP connection, nothing checked."""
 
 import http.client
 import json

@@ -1,6 +1,6 @@
-"""The plainest extension: requests.get for every event, as in AWS's example.
+"""The plainest extension: requests.get() for every event, as in AWS's example.
 
-Each event takes a new TCP connection.
+Each opens a new TCP connection.
 """
 
 import json

@@ -9,22 +9,24 @@ import json
 def init() -> None:
     """Gets ready. Lambda sends no invocation before it returns.
 
-    The extensions and the function have 10 seconds together to get ready. If that is not enough,
-    Lambda starts all of them again at the first invocation, within the function's timeout, so
-    init() may run twice. Provisioned concurrency, SnapStart and Managed Instances allow more time:
+    The extensions and the function share 10 seconds to get ready. If that is not enough, Lambda
+    starts all of them again at the first invocation, within the function's timeout, so init() may
+    run twice. Provisioned concurrency, SnapStart and Managed Instances allow more time:
     https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtime-environment.html
     """
 
 
 def process(event: dict) -> None:
-    """Takes an INVOKE event at every invocation, beside the handler, and SHUTDOWN as the last one.
+    """Takes an INVOKE event at every invocation, while the handler runs, and at last SHUTDOWN.
+
+    Managed Instances have no INVOKE event.
 
     The environment takes no further invocation until process() returns, and that time counts
     towards the function's timeout and the bill.
 
-    When process() has returned from SHUTDOWN, nothing runs any more, neither threads nor atexit
-    functions. A signal leads to SHUTDOWN, too. Then the extension ends within 1.5 seconds, even if
-    process() is still running.
+    Once process() has returned from SHUTDOWN, nothing else runs, neither threads nor atexit
+    functions. A signal also leads to SHUTDOWN. The extension then ends within 1.5 seconds of the
+    signal, even if process() has not returned, or has not yet been given SHUTDOWN.
 
     An event is one of these dicts. It does not contain the invocation's payload. ("Next" in
     https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html)

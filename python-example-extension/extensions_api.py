@@ -25,7 +25,7 @@ ERROR_TYPE_HEADER = "Lambda-Extension-Function-Error-Type"
 # it is asked for an event.
 TIMEOUT_SECONDS = 5
 
-# Error messages, and what they quote of a response, are cut after so many characters.
+# Error messages, and what they quote of a response, are cut to this many characters.
 TEXT_LENGTH = 1000
 
 
@@ -50,7 +50,8 @@ class ExtensionsApi:
     Two HTTP clients share the work. Importing requests takes longer than everything else in a cold
     start, and Lambda starts the function's runtime only when the extension has registered. So the
     standard library's http.client registers. Then, while the runtime starts, open_session()
-    imports requests, and one session asks for every event. No invocation ever waits for an import.
+    imports requests, and one session asks for every event. So nothing is imported while an
+    invocation runs, when somebody waits for it.
     """
 
     def __init__(self, name):
@@ -157,7 +158,7 @@ def require_success(status, content):
 
 def event_in(content):
     """Returns the event in the content (bytes) of a response, or raises UnexpectedResponse."""
-    # What is no event is no JSON, or nested too deeply, or no dict, or without an eventType.
+    # Not an event: not JSON, nested too deeply, not a dict, or without an eventType.
     with contextlib.suppress(Exception):
         event = json.loads(content)
         if isinstance(event["eventType"], str):

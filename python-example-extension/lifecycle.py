@@ -27,13 +27,13 @@ def duplicate(stream):
     return None if stream is None else os.dup(stream.fileno())
 
 
-# Lines go to duplicates. If they went to descriptor 1, and your code closed it, the next connection
-# to Lambda could get that number, and the lines.
+# log() writes to a duplicate. If it wrote to descriptor 1, and your code closed that, the next
+# connection to Lambda could get number 1, and receive the lines.
 STANDARD_OUTPUT = duplicate(sys.stdout)
 STANDARD_ERROR = duplicate(sys.stderr)
 
-# Closed when something fails: a process that has all the files open that it may could otherwise
-# neither import what shows the error nor connect to Lambda.
+# Closed when something fails. Otherwise a process that has used up its descriptors could neither
+# import what shows the error nor connect to Lambda.
 SPARE_DESCRIPTOR = os.open(os.devnull, os.O_RDONLY)
 
 api = ExtensionsApi(NAME)
@@ -64,7 +64,7 @@ class Extension:
     def __init__(self, process, init):
         self.process = process
         self.init = init
-        self.waits_for_event = False  # so neither init() nor process() is running
+        self.waits_for_event = False  # so the main thread runs neither init() nor process()
         self.signal_event = None  # the SHUTDOWN event that stands for a signal, once one has come
 
     def process_events(self):
@@ -84,7 +84,9 @@ class Extension:
 
     def next_event(self):
         """Returns the event for a signal that has come, or else waits for Lambda's next one."""
-        # Before it looks for a signal's event: then a signal that comes in between is handled.
+        if signals.is_fork:
+            sys.exit()  # your code has forked, and the child has returned: events are not for it
+        # This comes before a look at signal_event, so that a signal in between is handled, too.
         self.waits_for_event = True
         try:
             return self.signal_event or api.next_event()
@@ -94,10 +96,10 @@ class Extension:
     def on_signal(self, signum, frame):
         """Handles a signal. Python calls it in the middle of what the main thread is doing.
 
-        If that is waiting for an event, SHUTDOWN is processed here, and the process ends. If it is
-        something else, such as process(), next_event() returns SHUTDOWN afterwards.
+        If the main thread is waiting for an event, this processes SHUTDOWN and ends the process. If
+        it is doing something else, such as process(), next_event() returns SHUTDOWN afterwards.
         """
-        # Python has told the watchdog, unless a library such as asyncio has disabled that.
+        # In case a library such as asyncio keeps Python from telling the watchdog.
         signals.limit_time(signum)
         if self.signal_event:
             return

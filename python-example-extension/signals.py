@@ -21,8 +21,8 @@ SHUTDOWN_SECONDS = 1.5
 # How long the extension may take to show and report a failure.
 FAILURE_SECONDS = 5
 
-# The watchdog reads its orders from a pipe, a byte each: the number of a signal, or this one, which
-# no signal has.
+# The watchdog reads its orders from a pipe. Each is a byte: the number of a signal, or FAILURE,
+# which is no signal's number.
 FAILURE = 0
 
 TIME_LIMITS = {
@@ -36,17 +36,17 @@ is_fork = False
 
 
 def call_on_signal(handler):
-    """Lets SIGTERM and SIGINT call handler(signum, frame) from now on."""
+    """Sets the handler of SIGTERM and SIGINT: a function (signum, frame), or SIG_DFL."""
     for signum in SIGNALS:
         signal.signal(signum, handler)
 
 
 def limit_time(order):
-    """Tells the watchdog (an int) that a signal has come, or FAILURE."""
+    """Gives the watchdog an order (int): the number of a signal that has come, or FAILURE."""
     try:
         os.write(_pipe_writer, bytes([order]))
     except OSError:
-        pass  # your code has closed the pipe
+        pass  # your code has closed the pipe, or it is full
 
 
 def _end_at_once(signum, frame):
@@ -71,15 +71,15 @@ def _watch():
         limit = time.monotonic() + TIME_LIMITS[order]
         if deadline is None and order in SIGNALS:
             # The main thread may just have begun to wait for Lambda, too late for the signal to
-            # interrupt it, or the kernel may have given the signal to another thread. Then the
-            # handler is called only if the main thread gets the signal once more.
+            # interrupt it, or the kernel may have given the signal to another thread. Then only
+            # the same signal, sent to the main thread itself, gets the handler called.
             time.sleep(0.05)
             signal.pthread_kill(_main_thread, order)
         deadline = limit if deadline is None else min(deadline, limit)
 
 
-# A fork has the extension's handlers and its end of the pipe, so a signal to the fork would end the
-# extension. The fork restores the defaults, and keeps signals waiting until it has done so.
+# A fork inherits the handlers and the wakeup fd, so a signal to it would reach the pipe, and end
+# the extension. So signals have to wait during a fork, until the child has reset both.
 _masks_before_fork = {}  # the signals that are blocked, by thread
 
 
@@ -102,8 +102,8 @@ def _after_fork_in_child():
 
 
 # Python calls a handler only between two steps of Python code, so a call into C, such as one for
-# DNS, delays it. But at once Python writes the signal's number into a pipe, its "wakeup fd", and
-# the watchdog, a second thread, reads it there. The watchdog starts now, because a process that has
+# DNS, delays it. But Python writes the signal's number at once to a pipe, its "wakeup fd", where
+# the watchdog, a second thread, reads it. The watchdog starts now, because a process that has
 # failed may be unable to start a thread.
 _main_thread = _thread.get_ident()
 _pipe_reader, _pipe_writer = os.pipe()

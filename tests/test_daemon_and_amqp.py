@@ -117,8 +117,9 @@ def test_an_extension_that_dies_at_its_start_or_with_an_event_is_started_again(
     start, copy, tmp_path, indent, where
 ):
     line = once(tmp_path, "os._exit(1)")
-    replace(copy / NAME / "extension.py", f"{indent}{where}", f"{indent}{line}{indent}{where}")
-    replace(copy / NAME / "extension.py", "import json\n", "import json\nimport os\n")
+    extension = copy / NAME / "extension.py"
+    replace(extension, f"{indent}{where}", f"{indent}{line}{indent}{where}")
+    replace(extension, '."""\n\n', '."""\n\nimport os\n', count=1)
     with start(copy, LAMBDA_RUNTIME_API_DAEMON=real_daemon(), AMQP_URI="", **TIMEOUT) as it:
 
         def answer():

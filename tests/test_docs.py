@@ -24,13 +24,17 @@ def test_every_row_of_the_failures_is_a_test_of_that_name_and_the_other_way_roun
 
 
 def test_the_figures_of_the_readme_are_those_of_the_benchmark():
-    headings = re.search(r"(?m)^\| \| (.+) \|$", PAGES["docs/cost.md"]).group(1).split(" | ")
+    page = PAGES["docs/cost.md"]
+    headings = re.search(r"(?m)^\| \| (no extension.+) \|$", page).group(1).split(" | ")
     shown = "no extension", "AWS's python-example-extension", "this extension"
-    columns = [headings.index(each) for each in shown]
-    table = rows(PAGES["docs/cost.md"])
-    measured = {name: [cell.split()[0] for cell in cells] for name, *cells in table}
+    columns = [headings.index(name) for name in shown]
+    measured = {}
+    for name, *cells in rows(page):  # of two rows of that name the first, for starts on demand
+        measured.setdefault(name, [cell.split()[0] for cell in cells])
     table = PAGES["README.md"].partition("## Run it")[0]
-    for name, *cells in rows(table[table.index("| | no extension |") :]):
+    figures = rows(table[table.index("| | no extension |") :])
+    assert len(figures) > 3
+    for name, *cells in figures:
         assert cells == [measured[name][column] for column in columns], name
 
 
@@ -39,16 +43,49 @@ def test_the_options_are_those_of_the_script():
     assert f".sh {options}\n" in PAGES["docs/running-locally.md"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_root = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="the benchmark needs Linux and root"
 )
+BENCHMARK = ROOT / "benchmark" / "benchmark.py"
+
+
+def figures_of(page):
+    """The names of a page's figures, without the number of events, which is an option."""
+    return [re.sub(r"[\d,]+ events", "events", name) for name, *_ in rows(page)]
+
+
+@pytest.mark.slow
+@needs_root
 def test_one_round_measures_each_figure_of_the_docs():
-    ran = run(ROOT / "benchmark" / "benchmark.py", "--rounds", "1", "--invocations", "20")
+    ran = run(BENCHMARK, "--rounds", "1", "--invocations", "20", "--events", "1000")
     assert ran.returncode == 0, ran.stderr
     assert "| | no extension | unpooled.py | this extension | http_client.py |\n" in ran.stdout
-    measured, documented = rows(ran.stdout), rows((ROOT / "docs" / "cost.md").read_text())
-    names = [name for name, *_ in documented if "the Daemon" not in name]
-    assert [name for name, *_ in measured] == names
+    assert figures_of(ran.stdout) == figures_of((ROOT / "docs" / "cost.md").read_text())
+    measured = rows(ran.stdout)
     assert all(cells[2] != "–" for _, *cells in measured)
     assert [cell.split()[0] for cell in measured[-1][2:]] == ["1,002", "2", "1"]
+
+
+EXITS = "#!/bin/sh\necho 'no such module'\nexit 3\n"
+
+
+@pytest.mark.slow
+@needs_root
+@pytest.mark.parametrize(
+    ("files", "mode", "reason"),
+    [
+        ({}, 0o755, "/extensions must hold one file, an extension"),
+        ({"one": EXITS, "two": EXITS}, 0o755, "/extensions must hold one file, an extension"),
+        ({"one": EXITS}, 0o644, "/extensions/one is not executable; try chmod +x"),
+        ({"one": EXITS}, 0o755, "no such module\n\nThe measurement failed: the extension ended"),
+    ],
+)
+def test_the_benchmark_says_why_it_cannot_measure_an_extension(tmp_path, files, mode, reason):
+    for name, text in files.items():
+        (tmp_path / "extensions").mkdir(exist_ok=True)
+        (tmp_path / "extensions" / name).write_text(text)
+        (tmp_path / "extensions" / name).chmod(mode)
+    ran = run(BENCHMARK, "--rounds", "1", "--invocations", "1", "--aws", tmp_path)
+    assert ran.returncode != 0
+    assert reason in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -429,6 +429,7 @@ def stays_alive(obedient, do, logged):
         time.sleep(2)
         assert it.poll() is None
         assert not api.asked("exit/error")
+        assert len(api.asked("event/next")) == 2
         stops(it, stderr=None)
 
 
@@ -468,6 +469,15 @@ KILL_WHEN_READY = "os.read(reader, 1); os.kill(pid, signal.SIGTERM)"
 def test_a_child_process_that_your_code_forks(obedient, child, parent, status):
     code = [line.format(child=child, parent=parent) for line in CHILD]
     stays_alive(obedient, code, f"The child ended with {status}")
+
+
+def test_a_child_process_that_returns_from_your_code(obedient):
+    code = (
+        "pid = os.fork()",
+        "status = pid and os.wait()[1]",
+        "pid and log(f'The child ended with {os.waitstatus_to_exitcode(status)}')",
+    )
+    stays_alive(obedient, code, "The child ended with 0")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

@@ -6,7 +6,8 @@ from machine import ROOT
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    for pattern in ("*.md", "docs/*.md", "examples/*/README.md")
+    for path in ROOT.glob(pattern)
 }
 
 
