@@ -28,9 +28,11 @@ def trace(frame, what, argument):
     if pid == 0:
         sys.settrace(None)
         got.append(writer)
-        # A fork ends by its own signals, but this one stands for its parent, and must not tell it.
-        signal.signal(signal.SIGTERM, handler)
+        # A fork ends by its own signals, and asks for no event. But this one stands for its parent,
+        # and must not tell it.
+        lifecycle.signals.is_fork = False
         lifecycle.signals.limit_time = lambda order: None
+        signal.signal(signal.SIGTERM, handler)
         signal.alarm(5)  # it should have ended long before
         os.kill(os.getpid(), signal.SIGTERM)
         return None
