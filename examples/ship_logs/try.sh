@@ -47,5 +47,5 @@ until curl --silent --fail --output /dev/null -H 'Content-Type: application/json
     kill -0 "$run" || exit 1
     sleep 1
 done
-echo "try.sh: invoked the function; what the collector gets comes within 10 seconds. Ctrl-C ends it."
+echo "try.sh: The function was invoked. Within 10 seconds you see what the collector gets."
 wait "$run"
