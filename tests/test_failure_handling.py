@@ -321,7 +321,7 @@ def test_an_error_report_that_fails(extension, report):
         ),
     ],
 )
-def test_an_explanation_of_any_size_and_content(extension, body, shown):
+def test_an_error_response_of_any_size_and_content(extension, body, shown):
     with ExtensionsApiServer([answer(403, body)]) as api:
         line = fails(extension, api, shown)
         assert reported(api)["errorMessage"] in line
@@ -521,7 +521,7 @@ def test_a_signal_while_it_is_suspended(obedient, suspended):
             assert (it.wait(20), it.received) == (0, ["SHUTDOWN"])
 
 
-def test_a_signal_at_any_moment(extension):
+def test_a_signal_at_any_moment_between_two_events(extension):
     with ExtensionsApiServer([invoke("event")]) as api:
         program = PROGRAMS / "signal_at_any_moment.py"
         environment = {"AWS_LAMBDA_RUNTIME_API": api.address}

@@ -1,4 +1,4 @@
-"""Collects records and sends them to COLLECTOR_URL beside the function, many in one request.
+"""Collects records and, while the function runs, sends them to COLLECTOR_URL, many per request.
 
 Each record arrives at least once, unless the collector refuses it, or fails until newer records
 have filled the buffer, or until the extension ends.
@@ -28,7 +28,7 @@ RECORDS_IN_REQUEST = 1_000
 CHARACTERS_IN_REQUEST = 500_000
 
 # How long the callers of send() and wait_for_room() wait for the collector, and how long before the
-# end of the invocation send() returns.
+# invocation's deadline send() returns.
 PATIENCE_SECONDS = 1
 MARGIN_SECONDS = 0.5
 
@@ -199,7 +199,7 @@ class Batches:
             self._changed.notify_all()
 
     def _end_batch(self, has_failed):
-        """Lets the records wait again that have not been sent."""
+        """Puts the unsent records back among the waiting ones."""
         self._waiting.extendleft(reversed(self._batch))
         self._waiting_bytes += sum(map(sys.getsizeof, self._batch))
         self._batch = collections.deque()
@@ -217,7 +217,7 @@ class Batches:
         if self._refused:
             log(f"Records refused: {self._refused} ({self._refusal})")
         if self._dropped:
-            log(f"Records dropped: {self._dropped} (the buffer is full)")
+            log(f"Records dropped: {self._dropped} (too many, or too large)")
         self._refused = 0
         self._dropped = 0
 

@@ -18,14 +18,15 @@ from extensions_api import SHUTDOWN, ExtensionsApiError
 # https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html
 TELEMETRY_PATH = "/2022-07-01/telemetry"
 
-# The types of records that tell process() when to stop waiting.
+# The types of records that tell process() that an invocation has started or ended, or that
+# telemetry was lost.
 NOTED_TYPES = ("platform.start", "platform.runtimeDone", "platform.logsDropped")
 
 # How long process() waits until Lambda says that the invocation has started.
 START_SECONDS = 1
 
-# After SHUTDOWN, telemetry is still on its way. It is taken until none has come for so long, and
-# at most so long in all. The rest of the time is for sending it.
+# Telemetry still arrives after SHUTDOWN. It is taken until none has come for QUIET_SECONDS, and for
+# LAST_TELEMETRY_SECONDS at most. The rest of the time is for sending it.
 QUIET_SECONDS = 0.4
 LAST_TELEMETRY_SECONDS = 0.7
 
