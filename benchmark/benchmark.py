@@ -69,8 +69,8 @@ def measure_start(environment, how):
 
 
 def measure_warm(environment, invocations):
-    """Invokes a function often, with two cores; returns figures by name."""
-    environment.cpu.set(2)
+    """Invokes a function often, with the cores of an unlimited init; returns figures by name."""
+    environment.cpu.set(CORES_IN_INIT[ON_DEMAND])
     environment.init()
     for _ in range(50):
         environment.invoke()
@@ -243,7 +243,6 @@ def measure_rounds(opts, task, options):
     for name, opt in opts.items():
         if name != NONE:
             with Environment(opt, task, {}) as environment:
-                environment.cpu.set(2)
                 connections = environment.count_connections(options.events)
             add("Warm", name, f"TCP connections for {options.events:,} events", connections)
     return results

@@ -217,19 +217,20 @@ class Environment(contextlib.ExitStack):
         times = {}
         end = time.monotonic() + SECONDS
         while missing := [what for what in expected if what not in times]:
-            with contextlib.suppress(queue.Empty):
-                what, when = self.apis.happened.get(timeout=0.5)
-                times[what] = when
-                continue
-            self._check(f"until {missing[0]}", time.monotonic() > end)
+            times |= self._what_happens_next()
+            if time.monotonic() > end:
+                self._fail(f"waited {SECONDS} seconds until {missing[0]}")
         return times
 
-    def _check(self, expectation, is_late):
+    def _what_happens_next(self):
+        """Returns {what: when}; after a while without anything, checks that all still runs."""
+        with contextlib.suppress(queue.Empty):
+            what, when = self.apis.happened.get(timeout=0.5)
+            return {what: when}
         for name, process in self.processes.items():
             if process.poll() is not None:
                 self._fail(f"{name} ended with status {process.returncode}, instead of waiting")
-        if is_late:
-            self._fail(f"waited {SECONDS} seconds {expectation}")
+        return {}
 
     def _fail(self, reason):
         self._log.seek(0)
@@ -268,5 +269,7 @@ class Environment(contextlib.ExitStack):
             self.apis.events.put(INVOKE)
         self.apis.events.put(SHUTDOWN)
         self._start_extension()
-        self.processes["the extension"].wait()
+        status = self.processes["the extension"].wait()
+        if status != 0:
+            self._fail(f"the extension ended with status {status}")
         return self.apis.connections

@@ -71,9 +71,7 @@ class ExtensionsApi:
                 "AWS_LAMBDA_RUNTIME_API is not HOST:PORT: Lambda, or its emulator, sets it"
             )
         events = [INVOKE, SHUTDOWN]
-        if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "lambda-managed-instances":
-            # Managed Instances run many invocations at once, and have no INVOKE event:
-            # https://docs.aws.amazon.com/lambda/latest/dg/lambda-managed-instances.html
+        if runs_on_managed_instances():  # they have no INVOKE event
             events = [SHUTDOWN]
         response = self.send("POST", REGISTER_PATH, {"events": events})
         identifier = response.headers.get(IDENTIFIER_HEADER, "")
@@ -144,6 +142,14 @@ class ExtensionsApi:
         }
         with contextlib.suppress(ExtensionsApiError):
             self.send("POST", f"{API_PATH}/{phase}/error", body, {ERROR_TYPE_HEADER: error_type})
+
+
+def runs_on_managed_instances():
+    """Returns whether this environment is one of those that run many invocations at once.
+
+    https://docs.aws.amazon.com/lambda/latest/dg/lambda-managed-instances.html
+    """
+    return os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "lambda-managed-instances"
 
 
 class UnexpectedResponse(Exception):

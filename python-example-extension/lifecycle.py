@@ -49,7 +49,7 @@ def run(process: Callable[[dict], object], init: Callable[[], object] | None = N
     with one.
     """
     extension = Extension(process, init)
-    signals.call_on_signal(extension.on_signal)
+    signals.set_signal_handler(extension.on_signal)
     end_with(extension.process_events)
 
 

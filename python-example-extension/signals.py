@@ -35,7 +35,7 @@ TIME_LIMITS = {
 is_fork = False
 
 
-def call_on_signal(handler):
+def set_signal_handler(handler):
     """Sets the handler of SIGTERM and SIGINT: a function (signum, frame), or SIG_DFL."""
     for signum in SIGNALS:
         signal.signal(signum, handler)
@@ -97,7 +97,7 @@ def _after_fork_in_child():
     global is_fork
     is_fork = True
     signal.set_wakeup_fd(-1)
-    call_on_signal(signal.SIG_DFL)
+    set_signal_handler(signal.SIG_DFL)
     _after_fork()
 
 
@@ -110,7 +110,7 @@ _pipe_reader, _pipe_writer = os.pipe()
 os.set_blocking(_pipe_writer, False)  # as Python demands of a wakeup fd
 signal.set_wakeup_fd(_pipe_writer)
 _thread.start_new_thread(_watch, ())
-call_on_signal(_end_at_once)
+set_signal_handler(_end_at_once)
 os.register_at_fork(
     before=_before_fork,
     after_in_parent=_after_fork,

@@ -30,7 +30,8 @@ from sample import NAME
 README, _ = code_blocks("README.md", "Make it your own", "python")
 EXAMPLE = ROOT / "examples" / "ship_logs"
 BATCHES = (EXAMPLE / "batches.py").read_text()
-SHIPPING = (EXAMPLE / "extension.py").read_text()
+# Here the example listens on loopback only.
+SHIPPING = (EXAMPLE / "extension.py").read_text().replace('("", 0)', '("127.0.0.1", 0)')
 FORMATS = re.findall(r"(?ms)^```python\n(.*?)^```", (EXAMPLE / "README.md").read_text())
 NOWHERE = "http://127.0.0.1:1/"
 
@@ -162,7 +163,7 @@ def test_the_token_goes_into_a_header_and_white_space_around_settings_is_ignored
 
 
 def test_records_beyond_a_megabyte_are_dropped_the_oldest_first_and_counted_exactly(batching):
-    with Collector(answer(503), judge=None) as collector:
+    with Collector(answer(503)) as collector:
 
         def recover(connection):
             collector.answers[""] = [answer()]
@@ -287,9 +288,8 @@ def test_an_invocation_does_not_reach_its_deadline_for_a_collector_that_hangs(ba
 
 @pytest.fixture
 def shipping(extension, tmp_path):
-    """The extension with the example's files over its own. Here it listens on loopback only."""
-    code = SHIPPING.replace('("", 0)', '("127.0.0.1", 0)')
-    return extension_with(extension, tmp_path, code)
+    """The extension with the example's files over its own."""
+    return extension_with(extension, tmp_path, SHIPPING)
 
 
 class TelemetryApi(ExtensionsApiServer):
@@ -310,6 +310,13 @@ class TelemetryApi(ExtensionsApiServer):
     def destination(self):
         """Where the extension receives telemetry, as a URL."""
         return self.subscription["destination"]["URI"].replace("sandbox.localdomain", "127.0.0.1")
+
+    def send_raw(self, request):
+        """Sends a request to the extension as it is (bytes); returns the start of the response."""
+        host, port = self.destination.removeprefix("http://").split(":")
+        with socket.create_connection((host, port)) as client:
+            client.sendall(request)
+            return client.recv(1000)
 
     def deliver(self, records):
         """Posts records to the extension, or bytes as they are."""
@@ -436,11 +443,8 @@ def test_a_request_that_is_not_received_does_not_hold_an_invocation_either(shipp
     def deliver(connection):
         api.deliver(records_of(0, ["platform.start"]))
         connection.sendall(invoke("0"))
-        host, port = api.destination.removeprefix("http://").split(":")
         for request in b"POST / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n":
-            with socket.create_connection((host, port)) as client:
-                client.sendall(request)
-                client.recv(1000)
+            api.send_raw(request)
 
     with TelemetryApi([deliver, SHUTDOWN]) as api:
         status, stdout, stderr = end_of(shipping, api, COLLECTOR_URL=NOWHERE)
@@ -512,13 +516,9 @@ def test_what_arrives_after_shutdown_is_sent_or_not_taken(shipping):
         for delay in 0, 0.35, 0.2, 0.6:
             time.sleep(delay)
             with contextlib.suppress(OSError):  # it has ended
-                host, port = api.destination.removeprefix("http://").split(":")
-                with socket.create_connection((host, port)) as client:
-                    number = len(answers)
-                    body = json.dumps(records_of(number, ["function"])).encode()
-                    head = f"POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-                    client.sendall(head.encode() + body)
-                    answers.append(client.recv(1000).split(b" ")[1])
+                body = json.dumps(records_of(len(answers), ["function"])).encode()
+                head = f"POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+                answers.append(api.send_raw(head.encode() + body).split(b" ")[1])
 
     with Collector(answer()) as collector, TelemetryApi([late]) as api:
         assert end_of(shipping, api, COLLECTOR_URL=collector.url)[0] == 0
@@ -597,8 +597,8 @@ assert len(FORMATS) == len(JUDGES)
 )
 def test_a_format_of_the_readme_is_what_that_collector_takes(extension, tmp_path, code, judge):
     (name,) = re.findall(r"class (\w+)\(Batches\)", code)
-    shipping = SHIPPING.replace('("", 0)', '("127.0.0.1", 0)')
-    shipping = shipping.replace("batches = Batches()", f"import own\n\nbatches = own.{name}()")
+    own = f"import own\n\nbatches = own.{name}()"
+    shipping = SHIPPING.replace("batches = Batches()", own)
     ship = extension_with(extension, tmp_path, shipping)
     (ship.parent / "own.py").write_text(code)
 
@@ -630,8 +630,7 @@ def test_an_invocation_that_does_not_end_does_not_keep_it_from_the_next_event(sh
 
 
 def test_managed_instances_need_no_invoke_event(extension, tmp_path):
-    code = SHIPPING.replace('("", 0)', '("127.0.0.1", 0)')
-    shipping = extension_with(extension, tmp_path, code, "BATCH_SECONDS = 0.5")
+    shipping = extension_with(extension, tmp_path, SHIPPING, "BATCH_SECONDS = 0.5")
     environment = {"AWS_LAMBDA_INITIALIZATION_TYPE": "lambda-managed-instances"}
     with Collector(answer()) as collector, TelemetryApi([hangs]) as api:
         with started(shipping, api, COLLECTOR_URL=collector.url, **environment):

@@ -14,8 +14,8 @@ import time
 
 from lifecycle import fail_with, log
 
-# When a batch is sent: at the end of an invocation, if so many records are waiting or the batch
-# before began so many seconds ago; in a long invocation, after so many seconds, too.
+# A batch is sent at the end of an invocation, if BATCH_RECORDS are waiting, or the batch before
+# began BATCH_SECONDS ago. In a long invocation, one is sent after BATCH_SECONDS, too.
 BATCH_RECORDS = 100
 BATCH_SECONDS = 10
 
@@ -162,18 +162,16 @@ class Batches:
                 break
             self._wait_for_batch(min(patience, end - time.monotonic()))
         self._has_failed = False
-        while (self._batch or self._waiting) and not self._has_failed:
+        while (self._batch or self._waiting) and not self._has_failed and time.monotonic() < end:
             self._begin_batch()
             self._wait_for_batch(end - time.monotonic())
-            if time.monotonic() >= end:
-                break
         if self._batch or self._waiting:
             unconfirmed = len(self._batch) + len(self._waiting)
             log(f"Records not confirmed before the end: {unconfirmed}")
         self._log_losses()
 
     def _wait_for_batch(self, seconds):
-        """Waits so long until this batch has been sent, has failed, or has been taken away."""
+        """Waits until this batch has been sent, failed, or been taken away, or the time is over."""
         batch = self._batch
         self._changed.wait_for(lambda: not batch or batch is not self._batch, max(0, seconds))
 

@@ -13,7 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler
 
 from batches import MARGIN_SECONDS, Batches
-from extensions_api import SHUTDOWN, ExtensionsApiError
+from extensions_api import SHUTDOWN, ExtensionsApiError, runs_on_managed_instances
 
 # https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html
 TELEMETRY_PATH = "/2022-07-01/telemetry"
@@ -159,8 +159,12 @@ class Telemetry:
         end = begin + LAST_TELEMETRY_SECONDS
         with self._changed:
             self._last_arrival = begin
-            while (now := time.monotonic()) < min(self._last_arrival + QUIET_SECONDS, end):
-                self._changed.wait(min(self._last_arrival + QUIET_SECONDS, end) - now)
+            while True:
+                quiet = self._last_arrival + QUIET_SECONDS
+                seconds_left = min(quiet, end) - time.monotonic()
+                if seconds_left <= 0:
+                    break
+                self._changed.wait(seconds_left)
             self._is_closed = True
 
 
@@ -248,8 +252,7 @@ def origin_of_records(request_id):
         "function": os.environ.get("AWS_LAMBDA_FUNCTION_NAME"),
         "version": os.environ.get("AWS_LAMBDA_FUNCTION_VERSION"),
     }
-    # On Managed Instances the records of many invocations come together.
-    if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") != "lambda-managed-instances":
+    if not runs_on_managed_instances():  # where the records of many invocations come together
         origin["requestId"] = request_id
     return f", {json.dumps(origin)[1:]}"
 

@@ -48,8 +48,9 @@ def hangs(connection):
 
 REGISTERED = answer(body={"functionName": "f"}, Lambda_Extension_Identifier=IDENTIFIER)
 REPORTED = answer(202)
+IN_THE_YEAR_2100 = 4_102_444_800_000
 SHUTDOWN = answer(
-    body={"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": 4102444800000}
+    body={"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": IN_THE_YEAR_2100}
 )
 
 

@@ -28,7 +28,7 @@ def copy_sample(folder, sample=ROOT):
 
 
 def replace(file, before, after, count=-1):
-    """Edits a file of a copy, everywhere or at its first so many places."""
+    """Edits a file of a copy: everywhere, or only the first places, as many as count says."""
     text = file.read_text()
     assert before in text
     file.write_text(text.replace(before, after, count))
