@@ -12,7 +12,7 @@ ENV LAMBDA_TASK_ROOT=/var/task
 FROM python AS dependencies
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-pip
-# The lock files are complete, with hashes. scripts/pip-install says the same for runs without
+# The lock files are complete, with hashes. scripts/pip_install.py says the same for runs without
 # Docker.
 ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all:
 WORKDIR /build
@@ -52,7 +52,7 @@ ENTRYPOINT ["/lambda-entrypoint.sh"]
 CMD ["lambda_function.lambda_handler"]
 
 FROM dependencies AS rie
-COPY requirements-rie.txt ./
+COPY scripts/requirements-rie.txt ./
 RUN pip3 install --no-compile --target sam -r requirements-rie.txt \
     && case $(uname -m) in \
         x86_64) cpu=x86_64 ;; \

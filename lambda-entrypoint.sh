@@ -21,7 +21,7 @@ set -- python3 -m awslambdaric "$_HANDLER"
 if [ -n "${AWS_LAMBDA_EXEC_WRAPPER:-}" ]; then
     # A wrapper script may change _HANDLER, so what it runs is this script again, this time without
     # a wrapper: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-modify.html#runtime-wrapper
-    set -- "$AWS_LAMBDA_EXEC_WRAPPER" env -u AWS_LAMBDA_EXEC_WRAPPER "$0"
+    set -- "$AWS_LAMBDA_EXEC_WRAPPER" env -u AWS_LAMBDA_EXEC_WRAPPER sh "$0"
 fi
 if [ -z "${AWS_LAMBDA_RUNTIME_API:-}" ]; then
     set -- /usr/local/bin/aws-lambda-rie "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the sample and runs it here: in Docker, or directly on this Linux machine. It works with
-# macOS's bash 3.2 too.
+# Builds the sample's image and runs it here, in Docker. Where there is no Docker, it leaves that to
+# scripts/run_without_docker.py. It works with macOS's bash 3.2 too.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail +o posix
 
@@ -18,64 +18,110 @@ why.
 END
 }
 
-listens() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
 say() { echo "$name: $*" >&2; }
+
 fail() {
     say "$1"
     exit "${2:-1}"
 }
 
+# Prints NAME=VALUE and a NUL for each option -e NAME whose variable the shell exports.
+variables_to_pass() {
+    while [ $# -gt 0 ]; do
+        if [[ $1 = -e && ${2:-} =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] && printenv "$2" >/dev/null; then
+            printf '%s=%s\0' "$2" "${!2}"
+        fi
+        shift
+    done
+}
+
+# This is read further down, but looked up now, before this script sets variables of its own: they
+# could have the same names.
+exec 3< <(variables_to_pass "$@")
+
 self=$(readlink -f "$0" 2>/dev/null || echo "$0") # older macOS has no -f
 name=$(basename "$self" .sh)
 
 # --- Options and variables ------------------------------------------------------------------------
-# The function and the extension get these variables of this shell, and what -e adds: NAME here,
-# NAME=VALUE there.
-passed=(AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT
-    AWS_LAMBDA_MAX_CONCURRENCY MAX_CONCURRENCY AMQP_URI AMQP_USERNAME AMQP_PASSWORD)
+
+# --docker, --no-docker, or neither.
+way=''
+# Where to listen.
+publish=127.0.0.1:8080
+# What -e sets: NAME=VALUE each.
 assigned=()
-settings=" ${passed[*]} BASE_IMAGE LAMBDA_RUNTIME_API_DAEMON " # for this script, too, also by -e
+# What -e passes through from the shell: NAME=VALUE each. No command line ever shows these values.
+passed=()
+# Variables that configure this run, set in the shell or with -e. The function gets these, and no
+# other variable of the shell:
+settings=(AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT
+    AWS_LAMBDA_MAX_CONCURRENCY MAX_CONCURRENCY AMQP_URI AMQP_USERNAME AMQP_PASSWORD)
+# And these are for this script alone:
+own_settings=(BASE_IMAGE LAMBDA_RUNTIME_API_DAEMON)
+
+# Sets a variable, NAME=VALUE, if it is one that configures this run.
+set_if_setting() {
+    [[ " ${settings[*]} ${own_settings[*]} " = *" ${1%%=*} "* ]] && export "${1?}"
+}
+
 AWS_LAMBDA_FUNCTION_NAME=$name
-way='' obstacle='' publish=127.0.0.1:8080 job='' container='' run=''
+while IFS= read -r -d '' variable <&3; do
+    set_if_setting "$variable" || passed+=("$variable")
+done
+exec 3<&-
 while [ $# -gt 0 ]; do
     [[ $1 != -[ep] || $# -gt 1 ]] || fail "$1 takes a value; see --help" 2
     case $1 in
-    -h | --help) usage && exit ;;
-    --docker | --no-docker) way=$1 ;;
-    -p) publish=$2 && shift ;;
+    -h | --help)
+        usage
+        exit
+        ;;
+    --docker | --no-docker)
+        way=$1
+        ;;
+    -p)
+        publish=$2
+        shift
+        ;;
     -e)
         [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*(=|$) ]] || fail "-e takes NAME or NAME=VALUE, not '$2'" 2
-        if [[ $2 != *=* ]]; then
-            if printenv "$2" >/dev/null; then passed+=("$2"); fi
-        elif [[ $settings = *" ${2%%=*} "* ]]; then
-            export "${2?}"
-        else
-            assigned+=("$2")
+        if [[ $2 = *=* ]]; then
+            set_if_setting "$2" || assigned+=("$2")
         fi
         shift
         ;;
-    *) fail "unknown argument '$1'; see --help" 2 ;;
+    *)
+        fail "unknown argument '$1'; see --help" 2
+        ;;
     esac
     shift
 done
 
-[[ $publish =~ ^(([0-9]+(\.[0-9]+){3}):)?([1-9][0-9]{0,4})$ && ${publish##*:} -le 65535 ]] ||
+byte='(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])'
+[[ $publish =~ ^(($byte(\.$byte){3}):)?([1-9][0-9]{0,4})$ && ${publish##*:} -le 65535 ]] ||
     fail "-p takes [ADDRESS:]PORT, an IPv4 address and a number from 1 to 65535, not '$publish'" 2
-address=${BASH_REMATCH[2]:-127.0.0.1} port=${publish##*:}
+address=${BASH_REMATCH[2]:-127.0.0.1}
+port=${publish##*:}
 
+# The path of the Lambda Runtime API Daemon, if it takes the emulator's place.
 daemon=${LAMBDA_RUNTIME_API_DAEMON:-}
 if [ -n "$daemon" ]; then
-    if [[ $daemon != /* ]]; then daemon=${PWD%/}/$daemon; fi
+    if [[ $daemon != /* ]]; then
+        daemon=${PWD%/}/$daemon
+    fi
     [[ -f $daemon && -x $daemon ]] ||
         fail "LAMBDA_RUNTIME_API_DAEMON: $daemon is not an executable file"
     : "${MAX_CONCURRENCY:=1}"
     unset AWS_LAMBDA_MAX_CONCURRENCY # it is for the emulator, and would change the runtime
 fi
+
 for variable in AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT \
     AWS_LAMBDA_MAX_CONCURRENCY ${daemon:+MAX_CONCURRENCY}; do
-    [ -n "${!variable:-}" ] || unset "$variable" # the emulator takes an empty one for a number
-    [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] ||
+    if [ -z "${!variable:-}" ]; then
+        unset "$variable" # the emulator takes an empty one for a number
+    elif [[ ! ${!variable} =~ ^[1-9][0-9]*$ ]]; then
         fail "$variable takes a whole number from 1, not '${!variable}'" 2
+    fi
 done
 
 CDPATH='' cd "$(dirname "$self")"
@@ -83,190 +129,250 @@ CDPATH='' cd "$(dirname "$self")"
 : "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE:=$(sed -n 's/^ *MemorySize: //p' template.yaml)}"
 
 # --- What this script starts ends with it ---------------------------------------------------------
-# This script alone holds descriptor 3, so descriptor 4 reads to an end when it is killed.
-lifeline=$(mktemp -u)
-mkfifo -m 600 "$lifeline" && exec 3<>"$lifeline" && exec 4<"$lifeline" && rm "$lifeline"
 
-# Runs a command to its end, in a process group that no Ctrl-C reaches; a watcher ends it when this
-# script is killed.
+# The process group of the command that this script waits for, if any.
+job=''
+# The name of the container that this command runs, if any.
+container=''
+
+# Runs a command to its end and returns its status. Unlike a command in the foreground, a signal to
+# this script can end it at any time.
 await() {
-    kill -- "-$job" 2>/dev/null || : # the watcher of the job before
+    # Job control (set -m) gives the command a process group of its own. So Ctrl-C, which the
+    # terminal sends to the group of this script, does not reach it, and one kill reaches all of it.
     set -m
     (
-        job=$(exec sh -c 'echo $PPID') # macOS's bash has no BASHPID
-        (read -r || end_job) <&4 >/dev/null 2>&1 &
-        exec "$@" 4<&-
-    ) 3>&- &
+        # Tells the watcher first, so that it can end whatever comes next. This is the subshell's
+        # process ID, for which macOS's bash has no variable.
+        sh -c 'echo "$PPID $1"' sh "$container" >&3
+        "$@" 3>&-
+    ) </dev/null &
     job=$!
     set +m
-    wait "$job"
+    local status=0
+    wait "$job" || status=$?
+    kill -- "-$job" 2>/dev/null || : # what say_if_slow may have left
+    job=''
+    echo >&3
+    return "$status"
 }
 
+# Runs a command that prints nothing while it waits; after two seconds says what it waits for.
+say_if_slow() {
+    local what=$1
+    shift
+    (sleep 2 && say "waiting for $what") &
+    "$@"
+}
+
+# Ends the job by SIGTERM, or by SIGKILL: end_job TERM | KILL
 end_job() {
-    [ -n "$container" ] || kill -- "-$job"
-    # Nothing can stop a container before it is created.
-    while [ -n "$container" ] && kill -0 "$job" && ! docker stop -t 2 "$container"; do
+    if [ -n "$container" ]; then
+        end_container "$1"
+    else
+        kill -s "$1" -- "-$job" 2>/dev/null
+    fi
+}
+
+# Ends the container, and so the `docker run` that is the job.
+end_container() {
+    local command=(docker stop -t 2) # SIGTERM, and SIGKILL two seconds later
+    local client=''
+    if [ "$1" = KILL ]; then
+        command=(docker kill)
+    fi
+    # Nothing can stop a container before it is created, so this tries again. But an engine that
+    # hangs never answers.
+    for _ in {1..50}; do
+        kill -0 "$job" 2>/dev/null || return 0
+        if [ -z "$client" ] || ! kill -0 "$client" 2>/dev/null; then
+            "${command[@]}" "$container" >/dev/null 2>&1 &
+            client=$!
+        fi
         sleep 0.1
     done
+    say "Docker does not answer; if the container $container still runs, end it"
+    kill -s KILL "$client" -- "-$job" 2>/dev/null
 }
+
+# Ends the job if this script cannot, because it was killed. Only the script holds the other end of
+# the pipe from which this reads what the job is; so when the pipe ends, the script is gone.
+watch() {
+    trap '' INT TERM HUP QUIT
+    local process_group container_name
+    while read -r process_group container_name; do
+        job=$process_group
+        container=$container_name
+    done
+    if [ -z "$job" ]; then
+        return
+    fi
+    if [ -n "$daemon" ]; then
+        # Killed, the Daemon leaves to other copies what it took from its queue. On SIGTERM it
+        # would lose that.
+        end_job KILL
+    else
+        end_job TERM
+    fi
+}
+
+# Job control puts the watcher out of reach of what is sent to this script's process group.
+exec 3> >(
+    set -m
+    watch <&0 >/dev/null 2>&1 &
+)
 
 finish() {
     trap '' INT TERM HUP QUIT
     set +e
-    end_job
-    while kill -0 "$job"; do wait "$job"; done # a signal from before may cut one wait short
-    rm -rf "$run"
-    remove_dead_links
-} >/dev/null 2>&1
+    if [ -n "$job" ]; then
+        end_job TERM
+        # A signal that came before may cut one wait short.
+        while kill -0 "$job" 2>/dev/null; do
+            wait "$job" 2>/dev/null
+        done
+    fi
+}
+
 trap finish EXIT
 # Not in EXIT's trap, which another signal would cut short.
 trap 'finish; trap - EXIT; exit 0' INT TERM HUP QUIT
+
+# --- The two ways to run --------------------------------------------------------------------------
+
+# Becomes a command, with some variables set (NAME=VALUE) and others unset (NAME):
+#   with_variables [NAME[=VALUE]]... -- COMMAND...
+# It has no variables of its own, because those could have the same names.
+with_variables() {
+    while [ "$1" != -- ]; do
+        unset "${1%%=*}" # an array of this script could not be exported
+        if [[ $1 = *=* ]]; then
+            export "${1?}"
+        fi
+        shift
+    done
+    shift
+    exec "$@"
+}
+
+# The Daemon exits when it runs out of attempts to connect. An empty AMQP_URI means no broker.
+#   set_amqp_uri NAME_OF_THIS_MACHINE
+set_amqp_uri() {
+    local parameters="connection_attempts=1000000&retry_delay=10&heartbeat=10"
+    AMQP_URI=${AMQP_URI-amqp://$1:5672?$parameters}
+}
+
+# Prints how to invoke the function.
+greeting() {
+    local function=function
+    local headers=''
+    if [ -n "$daemon" ]; then
+        function=$AWS_LAMBDA_FUNCTION_NAME
+    elif [ -n "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ]; then
+        headers=" -H 'Content-Type: application/json'"
+    fi
+    local url=http://$address:$port/2015-03-31/functions/$function/invocations
+    echo "starting; Ctrl-C ends it. Try:"
+    echo "    curl -XPOST $url$headers -d '{\"key\": \"value\"}'"
+}
 
 run_in_docker() {
     # Another builder than the engine's own may keep the image to itself.
     await env -u BUILDX_BUILDER docker build --build-arg "BASE_IMAGE=$BASE_IMAGE" --tag "$name" . ||
         fail "the image cannot be built; see above"
-    # As on Lambda: an unprivileged user, no capabilities, 512 MB of /tmp in a read-only file
-    # system, 1,024 processes.
+
+    # As on Lambda: an unprivileged user without capabilities, a read-only file system with 512 MB
+    # of /tmp and without /dev/shm, 1,024 processes, each with 1,024 open files.
     local options=(--cap-drop ALL --security-opt no-new-privileges --read-only
-        --tmpfs "/tmp:exec,size=512m" --pids-limit 1024
+        --tmpfs "/tmp:exec,size=512m" --ipc none --pids-limit 1024 --ulimit nofile=1024
         --memory "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE}m" --publish "$address:$port:8080")
-    if [[ $engine = *Podman* ]]; then
+    local machine=host.docker.internal
+    if [[ $(docker --version 2>/dev/null) = podman* ]]; then
         machine=host.containers.internal
-        options+=(--http-proxy=false) # otherwise the function gets the variables of proxies
+        options+=(--http-proxy=false) # otherwise the function gets this shell's proxies
     else
-        machine=host.docker.internal
         options+=(--add-host "$machine:host-gateway")
     fi
     if [ -n "$daemon" ]; then
-        options+=(--volume "$daemon:/usr/local/bin/aws-lambda-rie:ro")
+        set_amqp_uri "$machine"
+        # With z, SELinux lets containers read the file.
+        options+=(--volume "$daemon:/usr/local/bin/aws-lambda-rie:ro,z")
         assigned+=(INVOKE_API_HOST=0.0.0.0 PORT=8080)
     elif [ -n "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ]; then
         # For Lambda Managed Instances the emulator starts as root, and the extension and the
         # runtime as Lambda's user.
         options+=(--user root --cap-add SETUID --cap-add SETGID --cap-add KILL)
     fi
-    announce
+
+    # A variable that is named, but not set, stays out of the container. Otherwise Docker adds the
+    # proxies of its own configuration, with their passwords.
+    local proxies=(HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY
+        http_proxy https_proxy ftp_proxy all_proxy no_proxy)
+    local variable
+    for variable in "${proxies[@]}" "${settings[@]}" ${passed[@]+"${passed[@]%%=*}"} \
+        ${assigned[@]+"${assigned[@]}"}; do
+        options+=(--env "$variable")
+    done
+
+    export "${settings[@]}"
+    say "$(greeting)"
     container=$name-$$
     # Never pulled: it would be a stranger's image.
-    await docker run --rm --name "$container" --pull never "${options[@]}" \
-        "${passed[@]/#/--env=}" ${assigned[@]+"${assigned[@]/#/--env=}"} "$name" ||
+    await with_variables "${proxies[@]}" ${passed[@]+"${passed[@]}"} -- \
+        docker run --rm --name "$container" --pull never "${options[@]}" "$name" ||
         fail "the container ended with status $?; see its output above"
-    exit
 }
-
-# Says how to invoke the function, and exports its variables.
-announce() {
-    local function=function headers=''
-    if [ -n "$daemon" ]; then
-        function=$AWS_LAMBDA_FUNCTION_NAME
-        # The Daemon exits when it runs out of attempts. An empty AMQP_URI means no broker.
-        local parameters="connection_attempts=1000000&retry_delay=10&heartbeat=10"
-        AMQP_URI=${AMQP_URI-amqp://$machine:5672?$parameters}
-    elif [ -n "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ]; then
-        headers=" -H 'Content-Type: application/json'"
-    fi
-    export "${passed[@]}"
-    local url=http://$address:$port/2015-03-31/functions/$function/invocations
-    say "starting; Ctrl-C ends it. Try:
-    curl -XPOST $url$headers -d '{\"key\": \"value\"}'"
-}
-
-# Makes a folder for this run, locked for as long as one of its processes lives, and removes those
-# of killed runs.
-make_run_folder() {
-    install -d -m 700 .run
-    exec 8<.run
-    await flock 8 # one run at a time prepares itself
-    find .run -maxdepth 1 -name 'run.*' -exec flock -n {} rm -rf {} \;
-    run=$(mktemp -d "$PWD/.run/run.XXXXXX")
-    exec 9<"$run" && flock 9
-}
-
-# Installs what the image contains, once for each Python and each set of pins; sets $installed.
-install_dependencies() {
-    local files=(scripts/pip-install requirements.txt requirements-rie.txt "$name/requirements.txt")
-    installed=$PWD/.run/$name-$({ uname -m && command -v python3 && python3 --version &&
-        cat "${files[@]}"; } | cksum | tr ' ' -)
-    if [ -d "$installed" ]; then return; fi
-    say "installing the dependencies into $PWD/.run (once)"
-    # The function's in a virtual environment, which hides this machine's packages.
-    await python3 -E -m venv --without-pip "$run/new/python"
-    pip_install requirements.txt --target "$run"/new/python/lib/python*/site-packages
-    pip_install "$name/requirements.txt" --target "$run/new/opt/$name"
-    pip_install requirements-rie.txt --target "$run/sam" --no-compile
-    mv "$run/sam/samcli/local/rapid/aws-lambda-rie-$(uname -m | sed s/aarch64/arm64/)" \
-        "$run/new/aws-lambda-rie"
-    mv "$run/new" "$installed"
-}
-
-pip_install() {
-    TMPDIR=$run await scripts/pip-install "$@" >&2 || fail "pip failed; see its words above"
-}
-
-# Shows the extension in /opt: by mounts that only this run sees, or where these are refused, by
-# links.
-show_in_opt() {
-    cp -Rp "$installed/opt" "$run"
-    cp "$name"/*.py "$run/opt/$name"
-    mkdir "$run/opt/extensions"
-    install -m 755 "extensions/$name" "$run/opt/extensions"
-    isolated=(unshare --mount --pid --fork --kill-child --mount-proc)
-    if [ "$(id -u)" != 0 ]; then isolated+=(--map-root-user); fi
-    isolated+=(scripts/mount-opt "$run/opt")
-    if ! "${isolated[@]}" true; then
-        isolated=()
-        say "no namespaces here: linking into /opt for the duration of the run"
-        remove_dead_links
-        ln -s "$run"/opt/* /opt ||
-            fail "cannot link into /opt; end the run that uses it, or use --docker, or root"
-    fi
-}
-
-remove_dead_links() { find /opt -maxdepth 1 -xtype l -lname '*/.run/run.*' -delete; }
 
 run_without_docker() {
     [ "$(uname)" = Linux ] || fail "--no-docker needs Linux; use Docker here"
     [ -z "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ] || fail "AWS_LAMBDA_MAX_CONCURRENCY needs Docker"
-    [[ $(python3 --version 2>&1) =~ ^Python\ 3\.([0-9]+) && ${BASH_REMATCH[1]} -ge 10 ]] ||
-        fail "this needs Python 3.10 or newer; try: apt-get install python3 python3-pip"
-    make_run_folder
-    install_dependencies
-    show_in_opt
-    exec 8<&- # the next run may prepare itself
-    local machine=localhost emulator api_port=$((10000 + RANDOM % 20000)) hidden=() variable
-    while listens 127.0.0.1 "$api_port"; do api_port=$((api_port + 1)); done
-    emulator=("$installed/aws-lambda-rie" --runtime-interface-emulator-address "$address:$port"
-        --runtime-api-address "127.0.0.1:$api_port")
+    # With -E, the shell's variables for Python, such as PYTHONHOME, do not count.
+    await say_if_slow "python3" python3 -E -c '
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("this is Python " + sys.version)
+' || fail "this needs Python 3.10 or newer; try: apt-get install python3 python3-pip"
     if [ -n "$daemon" ]; then
-        emulator=("$daemon")
-        assigned+=("INVOKE_API_HOST=$address" "PORT=$port" "RUNTIME_API_PORT=$api_port")
+        set_amqp_uri localhost
     fi
-    announce
-    while IFS='=' read -r -d '' variable _; do
-        if [[ " ${passed[*]} " != *" $variable "* ]]; then hidden+=("--unset=$variable"); fi
-    done < <(env -0)
-    # The function runs in this folder, and leaves no bytecode; the emulator elsewhere: it stumbles
-    # over some names.
-    await timeout --kill-after 2 0 "${isolated[@]}" env --chdir / "${hidden[@]}" \
-        "PATH=$installed/python/bin:/usr/local/bin:/usr/bin:/bin" "LAMBDA_TASK_ROOT=$PWD" \
-        PYTHONDONTWRITEBYTECODE=1 ${assigned[@]+"${assigned[@]}"} "${emulator[@]}" \
-        "$PWD/lambda-entrypoint.sh" "$(sed -n 's/^CMD.*"\(.*\)".*/\1/p' Dockerfile)" ||
-        fail "${emulator[0]##*/} ended with status $?; see its output above"
+    export "${settings[@]}"
+    # It says itself what goes wrong.
+    await with_variables ${passed[@]+"${passed[@]}"} "LAMBDA_RUNTIME_API_DAEMON=$daemon" -- \
+        python3 -E scripts/run_without_docker.py "$address" "$port" "$(greeting)" \
+        "${settings[@]}" ${passed[@]+"${passed[@]%%=*}"} ${assigned[@]+"${assigned[@]}"} || exit 1
 }
 
-! listens "$address" "$port" || fail "port $port is in use on $address; choose another with -p"
-if [ "$way" != --no-docker ]; then
+# Finds out why Docker cannot be used, and sets $obstacle to that, or to nothing.
+find_obstacle() {
+    obstacle=''
     if ! command -v docker >/dev/null; then
         obstacle="there is no docker command"
-    elif ! engine=$(docker version 2>&1); then
-        obstacle="no Docker engine answers: ${engine##*$'\n'}"
-    elif ! docker image inspect "$BASE_IMAGE" >/dev/null 2>&1 &&
+    elif ! await say_if_slow "the Docker engine" docker version >/dev/null; then
+        obstacle="no Docker engine answers"
+    elif ! await say_if_slow "the Docker engine" has_image "$BASE_IMAGE" &&
         ! await docker pull "$BASE_IMAGE" >&2; then
         obstacle="the base image $BASE_IMAGE cannot be pulled; set BASE_IMAGE to a local image"
     fi
-    [ -n "$obstacle" ] || run_in_docker # and exit
-    [ -z "$way" ] || fail "$obstacle; on Linux, --no-docker runs without it"
-    say "running without Docker, on this machine: $obstacle"
+}
+
+has_image() { docker image inspect "$1" >/dev/null 2>&1; }
+
+# Whether something listens on an address and port.
+listens() { (exec 4<>"/dev/tcp/$1/$2") 2>/dev/null; }
+
+if await say_if_slow "$address:$port" listens "$address" "$port"; then
+    fail "port $port is in use on $address; choose another with -p"
 fi
-run_without_docker
+if [ "$way" = --no-docker ]; then
+    run_without_docker
+    exit
+fi
+find_obstacle
+if [ -z "$obstacle" ]; then
+    run_in_docker
+elif [ "$way" = --docker ]; then
+    fail "$obstacle; on Linux, --no-docker runs without it"
+else
+    say "running without Docker, on this machine: $obstacle"
+    run_without_docker
+fi

@@ -102,7 +102,7 @@ def resident_mebibytes(pid):
 
 def install(folder, sources):
     """Makes what environments run: returns {extension: its folder for /opt} and the task's."""
-    pip_install = ROOT / "scripts" / "pip-install"
+    pip_install = ROOT / "scripts" / "pip_install.py"
     task = folder / "task"
     packages = folder / "packages"
     for lock_file, target in (

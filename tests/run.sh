@@ -14,12 +14,8 @@ venv() {
     [ "$(cat "$2/made-for" 2>/dev/null)" != "$made_for" ] || ! "$2/bin/python3" -c '' || return 0
     echo "Installing the $(grep -c == "$1") packages of $1 into $2, once"
     rm -rf "$2"
-    # By the pip outside, since Debian's venv has none; with the options of scripts/pip-install,
-    # which installs no programs.
     python3 -m venv --without-pip "$2"
-    env -u PIP_TARGET -u PIP_PREFIX PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 "$2/bin/python3" \
-        "$(python3 -c 'import pip; print(*pip.__path__)')" install --ignore-installed \
-        --disable-pip-version-check --no-deps --require-hashes --only-binary :all: -r "$1"
+    python3 scripts/pip_install.py "$1" --for "$2/bin/python3" --ignore-installed
     echo "$made_for" >"$2/made-for"
 }
 

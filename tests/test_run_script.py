@@ -6,6 +6,7 @@ With Docker or podman and without.
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -67,6 +68,9 @@ def last_line(ran, status=1):
         "-p 127.0.0.1:",
         "-p [::1]:8080",
         "-p 1.2.3:8080",
+        "-p 999.1.1.1:8080",
+        "-p 127.0.0.256:8080",
+        "-p 127.0.0.01:8080",
         "-p :8080",
         "-e AWS_LAMBDA_FUNCTION_TIMEOUT=a",
         "-e AWS_LAMBDA_FUNCTION_MEMORY_SIZE=0",
@@ -83,7 +87,7 @@ def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments):
 @pytest.mark.parametrize(
     ("command", "program", "arguments", "reason"),
     [
-        ("python3", "echo Python 3.9.2", [], "this needs Python 3.10 or newer"),
+        ("python3", "echo this is Python 3.9.2 >&2; exit 1", [], "this needs Python 3.10 or newer"),
         ("uname", "echo Darwin", [], "--no-docker needs Linux; use Docker here"),
         (
             "none",
@@ -101,6 +105,13 @@ def test_what_cannot_run_without_docker_is_said(
     assert line.startswith(f"{NAME}: {reason}")
 
 
+def test_a_python_that_fails_has_the_first_word(sample, tmp_path):
+    path = path_with(tmp_path, "python3", "echo pyenv: version 3.9.99 is not installed >&2; exit 1")
+    ran = script(sample, "--no-docker", PATH=path)
+    assert ran.stderr.startswith("pyenv: version 3.9.99 is not installed\n")
+    assert last_line(ran).startswith(f"{NAME}: this needs Python 3.10 or newer")
+
+
 @pytest.mark.parametrize(
     ("docker", "environment", "reason"),
     [
@@ -108,7 +119,7 @@ def test_what_cannot_run_without_docker_is_said(
         (
             "echo Client; echo permission denied >&2; exit 1",
             {},
-            "no Docker engine answers: permission denied",
+            "no Docker engine answers",
         ),
         (
             "[ $1 = version ]",
@@ -122,9 +133,51 @@ def test_only_without_docker_option_does_it_fall_back_and_say_why(
 ):
     environment = environment | {"PATH": path_with(folder / "bin", "docker", docker)}
     with running(sample, **environment) as it:
-        assert f"without Docker, on this machine: {reason}" in it.output
+        said = f"{NAME}: running without Docker, on this machine: {reason}"
+        own_words, is_said, _ = it.output.partition(said)
+        assert is_said
+        assert (own_words == "permission denied\n") == ("permission" in (docker or ""))
         assert it.invoke() == HELLO
     assert reason in last_line(script(sample, "--docker", **environment))
+
+
+@pytest.mark.parametrize("command", ["version", "image inspect"])
+def test_while_the_engine_hangs_it_says_so_and_a_signal_ends_it(sample, tmp_path, command):
+    hangs = f"""case "$1 $2" in "{command}"*) exec sleep 600 ;; esac"""
+    path = path_with(tmp_path, "docker", hangs)
+    with running(sample, "--docker", wait=False, PATH=path) as it:
+        wait_until(lambda: it.output == f"{NAME}: waiting for the Docker engine\n")
+        begin = time.monotonic()
+        assert it.stop() == 0
+        assert time.monotonic() - begin < 2
+        wait_until(lambda: not processes_of(sample))
+
+
+def test_while_the_port_does_not_answer_it_says_so_and_a_signal_ends_it(sample):
+    with socket.create_server(("127.0.0.1", free_port()), backlog=0) as server:
+        address = server.getsockname()
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        with running(sample, wait=False, port=address[1]) as it:
+            wait_until(lambda: it.output == f"{NAME}: waiting for 127.0.0.1:{address[1]}\n")
+            assert it.stop() == 0
+        for filler in fillers:
+            filler.close()
+
+
+def test_an_engine_that_hangs_when_the_run_ends_does_not_hang_the_run(sample, engine, tmp_path):
+    docker = tool("docker")
+    path = path_with(
+        tmp_path, "docker", f'[ "$1" != stop ] || exec sleep 600; exec "{docker}" "$@"'
+    )
+    with running(sample, "--docker", PATH=path, BASE_IMAGE=first_base_image()) as it:
+        container = it.container
+        assert it.stop() == 0
+        assert "Docker does not answer; if the container" in it.output
+        run("docker", "kill", container)
+        wait_until(lambda: is_gone(it, sample))
 
 
 def test_two_runs_listen_side_by_side_each_on_its_address_alone(start, sample):
@@ -183,8 +236,7 @@ def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder
         wait_until(lambda: is_gone(it, copy, folders=1))
     # What bash reads first; with this, it is killed when its job has just started.
     trap = tmp_path / "bash_env"
-    starts_job = "job=?!docker | job=?!timeout"
-    kill = f"case $BASH_COMMAND${{1-}} in {starts_job}) kill -9 -$$ ;; esac"
+    kill = "case $BASH_COMMAND${1-} in job=?!with_variables) kill -9 -$$ ;; esac"
     trap.write_text(f"set -T; trap '{kill}' DEBUG")
     with start(copy, wait=False, BASH_ENV=str(trap)) as it:
         wait_until(lambda: is_gone(it, copy, folders=1))
@@ -201,8 +253,9 @@ def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywh
         "LINES": "one\ntwo = 'three' \"four\" $five OTHER six\n",
         "EMPTY": "",
         "LONG": "x" * 70_000,
+        "PASSWORD": secret,
+        "AMQP_PASSWORD": secret,
     }
-    shell |= {"PASSWORD": secret, "AMQP_PASSWORD": secret}
     # The run uses the last four itself; what they are for the function means nothing to it.
     given = {
         "GIVEN": "a b=c OTHER d",
@@ -228,6 +281,46 @@ def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywh
     assert secret.encode() not in written
 
 
+def variables_of(*scripts):
+    """The names of the variables that scripts of the shell set."""
+    text = "".join(script.read_text() for script in scripts)
+    names = re.findall(r"(?m)(?:^\s*|local |for |read -r )([a-z]\w*)(?:=| in |\+=)", text)
+    return {*names, "process_group", "container_name"}
+
+
+def test_e_passes_the_shells_variables_also_if_the_script_has_some_of_the_same_names(
+    start, evaluating, monkeypatch
+):
+    names = variables_of(evaluating / f"{NAME}.sh", evaluating / "scripts" / "mount-opt")
+    assert len(names) > 20
+    shell = {name: f"the shell's {name}" for name in names}
+    shell["AWS_LAMBDA_FUNCTION_NAME"] = "named-by-the-shell"
+    with start(evaluating, *(word for name in names for word in ("-e", name))) as it:
+        assert not names & {*it.invoke({"do": "[*os.environ]"})}
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    with start(evaluating, *(word for name in shell for word in ("-e", name))) as it:
+        environ = it.invoke({"do": "dict(os.environ)"})
+    assert {name: environ.get(name) for name in shell} == shell
+
+
+def test_dockers_own_proxies_stay_out_and_e_passes_the_shells(evaluating, engine, tmp_path):
+    # Building the image uses proxies, so these are of kinds that it does not need.
+    proxies = {"ftpProxy": "http://user:secret@proxy.example.com:3128", "noProxy": "example.com"}
+    (tmp_path / "config.json").write_text(json.dumps({"proxies": {"default": proxies}}))
+    environment = {"DOCKER_CONFIG": str(tmp_path), "BASE_IMAGE": first_base_image()}
+    with running(evaluating, "--docker", FTP_PROXY="http://of-the-shell", **environment) as it:
+        environ = it.invoke({"do": "dict(os.environ)"})
+    assert not [name for name in environ if "proxy" in name.lower()]
+    words = "-e", "ftp_proxy", "-e", "NO_PROXY=given"
+    with running(evaluating, "--docker", *words, ftp_proxy="http://shell", **environment) as it:
+        environ = it.invoke({"do": "dict(os.environ)"})
+    assert {name: value for name, value in environ.items() if "proxy" in name.lower()} == {
+        "ftp_proxy": "http://shell",
+        "NO_PROXY": "given",
+    }
+
+
 @pytest.mark.parametrize(
     ("how", "memory"), [("not at all", 256), ("with -e", 200), ("in the shell", 200)]
 )
@@ -245,6 +338,7 @@ def test_with_an_engine_it_runs_in_docker_confined_as_lambda_confines_a_function
     assert (config["User"], host["CapDrop"], host["CapAdd"]) == ("60999:60999", ["ALL"], None)
     assert f"AWS_LAMBDA_FUNCTION_MEMORY_SIZE={memory}" in config["Env"]
     assert (host["Memory"], host["PidsLimit"]) == (memory * 1024 * 1024, 1024)
+    assert (host["IpcMode"], host["Ulimits"][0]["Hard"]) == ("none", 1024)
     assert (host["ReadonlyRootfs"], host["Tmpfs"]) == (True, {"/tmp": "exec,size=512m"})
     assert host["SecurityOpt"] == ["no-new-privileges"]
 

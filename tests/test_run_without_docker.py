@@ -3,15 +3,25 @@
 What it installs, how it recovers, and how it isolates a run, or links into /opt.
 """
 
+import contextlib
+import fcntl
 import os
+import shutil
 import signal
+import sys
 import time
 import uuid
 
 import pytest
-from machine import PROGRAMS, processes_of, wait_until
+from machine import PROGRAMS, processes_of, run, tool, wait_until
 from running import running
 from sample import HELLO, NAME, copy_sample, replace
+
+
+def installed(sample):
+    """The folder with what the first run has installed."""
+    (found,) = sample.glob(f".run/{NAME}-*")
+    return found
 
 
 @pytest.fixture
@@ -33,16 +43,12 @@ def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_wor
         wait_until(lambda: not processes_of(fresh), 2)
     with running(fresh, "--no-docker") as it:
         assert it.invoke() == HELLO
-    assert len(list(fresh.glob(".run/*"))) == 1
+    assert {path.name for path in fresh.glob(".run/*")} == {"lock", installed(fresh).name}
 
 
 @pytest.mark.slow
 def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fresh):
-    options = {}
-    if os.geteuid() == 0:
-        options = {"user": 12345, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
-        for path in [fresh, *fresh.rglob("*")]:
-            os.chown(path, 12345, 12345)
+    options = as_user(fresh)
     with (
         running(fresh, "--no-docker", wait=False, **options) as one,
         running(fresh, "--no-docker", **options) as other,
@@ -53,7 +59,7 @@ def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fre
             assert it.invoke() == HELLO
             it.ends_cleanly()
     assert not processes_of(fresh)
-    assert len(list(fresh.glob(".run/*"))) == 1
+    assert {path.name for path in fresh.glob(".run/*")} == {"lock", installed(fresh).name}
 
 
 @pytest.mark.slow
@@ -63,7 +69,7 @@ def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh):
         assert it.wait(120) == 1
         assert "Hashes are required in --require-hashes mode" in it.output
         assert it.output.endswith(f"{NAME}: pip failed; see its words above\n")
-    assert not list(fresh.glob(".run/*"))
+    assert os.listdir(fresh / ".run") == ["lock"]
 
 
 @pytest.mark.slow
@@ -72,6 +78,9 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
         paths = *fresh.rglob("*"), *tmp_path.rglob("*")
         return {path for path in paths if ".run" not in path.parts}
 
+    settings = tmp_path / ".config" / "pip" / "pip.conf"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(f"[global]\nprefix = {tmp_path}/prefix\n[install]\nuser = yes\n")
     before = tree()
     # pip asks rustc for its version, and rustup then writes its settings.
     folders = os.environ["PATH"].split(":")
@@ -83,12 +92,109 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
         "PIP_USER": "1",
         "PIP_REQUIRE_VIRTUALENV": "1",
         "PIP_NO_BINARY": ":all:",
+        "PIP_CONSTRAINT": "/nowhere",
     }
     with running(fresh, "--no-docker", TMPDIR=str(tmp_path), PYTHONHOME="/no", **environment) as it:
         assert it.invoke() == HELLO
         assert not os.path.exists(f"/opt/{NAME}")
         assert (fresh / ".run").stat().st_mode & 0o777 == 0o700
     assert tree() == before
+
+
+def as_user(path, user=12345):
+    """Options of running() for an ordinary user, who owns the folder."""
+    if os.geteuid() != 0:
+        return {}
+    for each in [path, *path.rglob("*")]:
+        os.chown(each, user, user, follow_symlinks=False)
+    return {"user": user, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
+
+
+def refuses(sample, *said, **options):
+    """Runs a copy that cannot run, and asserts that its only words are one line with these."""
+    with running(sample, "--no-docker", wait=False, **options) as it:
+        assert it.wait(60) == 1
+    assert it.output.count("\n") == 1 and it.output.startswith(f"{NAME}: ")
+    for words in said:
+        assert words in it.output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_cannot_be_written_is_one_line(fresh):
+    refuses(fresh, "Permission denied", f"{fresh}/.run", user=12345, PATH="/usr/bin:/bin")
+    (fresh / ".run").mkdir(0o700)
+    said = f"{fresh}/.run belongs to another user, who ran this before: remove it"
+    refuses(fresh, said, user=12345, PATH="/usr/bin:/bin")
+
+
+def test_a_file_where_the_folder_should_be_is_one_line(fresh):
+    (fresh / ".run").touch()
+    refuses(fresh, "File exists", f"{fresh}/.run")
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_it_runs_without_execute_bits_and_with_a_tmpdir_that_is_no_folder(copy):
+    for file in copy.rglob("*"):
+        if file.is_file() and ".run" not in file.parts:
+            file.chmod(0o644)
+    (copy / f"{NAME}.sh").chmod(0o755)  # instead of `bash python-example-extension.sh`
+    with running(copy, "--no-docker", TMPDIR="/etc/passwd") as it:
+        assert it.invoke() == HELLO
+        assert "passwd" not in it.output
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_while_another_run_prepares_itself_it_says_so_and_a_signal_ends_it(copy):
+    with open(copy / ".run" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with running(copy, "--no-docker", wait=False) as it:
+            said = f"{NAME}: waiting for another run, which prepares itself\n"
+            wait_until(lambda: it.output == said)
+            begin = time.monotonic()
+            assert it.stop() == 0
+            assert time.monotonic() - begin < 2
+
+
+@pytest.mark.slow
+def test_a_python_that_is_a_link_makes_an_environment_of_what_it_links_to(fresh, tmp_path):
+    # A relocatable Python finds its standard library from there alone.
+    python = os.path.realpath(sys.executable)
+    (tmp_path / "python3").symlink_to(python)
+    with running(fresh, "--no-docker", PATH=f"{tmp_path}:{os.environ['PATH']}") as it:
+        assert it.invoke() == HELLO
+    settings = (installed(fresh) / "python" / "pyvenv.cfg").read_text()
+    assert f"home = {os.path.dirname(python)}\n" in settings
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_what_is_mounted_below_opt_stays_visible_also_for_an_ordinary_user(evaluating):
+    options = as_user(evaluating)
+    script = PROGRAMS / "with_mount_below_opt.sh"
+    options |= {"SCRIPT": f"{evaluating}/{NAME}.sh", "AS": str(options.pop("user", ""))}
+    with running(evaluating, "--no-docker", script=script, **options) as it:
+        assert it.invoke({"do": "open('/opt/mounted/file').read()"}) == "mounted\n"
+        assert {NAME, "extensions", "mounted"} <= {*it.invoke({"do": "os.listdir('/opt')"})}
+        assert "no namespaces" not in it.output
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_with_the_tools_of_busybox_it_links_into_opt(copy, tmp_path):
+    busybox = tool("busybox")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tmp_path / "opt").mkdir()
+    run(busybox, "--install", "-s", tools)
+    python = os.path.realpath(sys.executable)
+    for name, path in ("bash", shutil.which("bash")), ("python3", python):
+        (tools / name).unlink(missing_ok=True)
+        (tools / name).symlink_to(path)
+    options = {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path / "opt"), "TOOLS": str(tools)}
+    script = PROGRAMS / "without_namespaces.sh"
+    with running(copy, "--no-docker", script=script, **options) as it:
+        assert "unrecognized option" in it.output
+        assert it.invoke() == HELLO
+        it.ends_cleanly()
+    assert not os.listdir(tmp_path / "opt")
 
 
 @pytest.mark.slow
@@ -129,9 +235,11 @@ def test_without_namespaces_it_links_into_opt_while_it_runs_and_replaces_only_de
         return running(copy, "--no-docker", script=PROGRAMS / "without_namespaces.sh", **options)
 
     with linking() as it:
-        said = f"{NAME}: no namespaces here: linking into /opt for the duration of the run\n"
-        assert said in it.output
-        os.killpg(it.pid, signal.SIGKILL)
+        said = "no namespaces here, see above: linking into /opt for the duration of the run"
+        assert f"{NAME}: {said}\n" in it.output
+        for pid in processes_of(copy):  # as when the machine runs out of memory
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not processes_of(copy))
         assert {*os.listdir(tmp_path)} == {"extensions", NAME}
     with linking() as it:

@@ -115,13 +115,13 @@ def post(url, payload=b"{}", timeout=30, **headers):
 
 
 def processes_of(sample):
-    """The command lines of the processes that run in, from, or for that copy of the sample."""
-    found = []
+    """The processes that run in, from, or for that copy of the sample: {ID: command line}."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = process.joinpath("cmdline").read_text().replace("\0", " ").strip()
             folder = os.readlink(process / "cwd")
             environ = process.joinpath("environ").read_text()
             if str(sample) in command + folder + environ:
-                found.append(command)
+                found[int(process.name)] = command
     return found

@@ -71,7 +71,14 @@ class Running(Logged):
 
 @contextlib.contextmanager
 def running(
-    sample, *arguments, script=f"{NAME}.sh", user=None, host="127.0.0.1", wait=True, **environment
+    sample,
+    *arguments,
+    script=f"{NAME}.sh",
+    user=None,
+    host="127.0.0.1",
+    port=None,
+    wait=True,
+    **environment,
 ):
     """Runs the sample's run script until it answers, then lets the caller use it.
 
@@ -79,7 +86,7 @@ def running(
     """
     if "--docker" not in arguments:
         need_namespaces()
-    port = free_port()
+    port = port or free_port()
     command = [sample / script, "-p", port if host == "127.0.0.1" else f"{host}:{port}", *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     options = {

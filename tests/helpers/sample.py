@@ -59,7 +59,7 @@ def evaluate(sample):
 @pytest.fixture(scope="session")
 def folder():
     """A temporary folder that any user can read, with a name as users' folders have."""
-    path = Path(tempfile.mkdtemp(prefix="it's 100 % mine "))
+    path = Path(tempfile.mkdtemp(prefix="it's 100 % mine, a=b "))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

@@ -1,10 +1,14 @@
 #!/bin/sh -e
-# Runs $SCRIPT as a plain container does, which refuses namespaces: here unshare fails. The folder
-# $OPT is its /opt.
+# Runs $SCRIPT as a plain container does, which refuses namespaces: here unshare fails, or it is one
+# of the commands in the folder $TOOLS. The folder $OPT is its /opt.
 if [ -z "$REFUSED" ]; then
     export REFUSED=yes
     exec unshare --map-root-user --mount "$0" "$@"
 fi
 mount --bind "$OPT" /opt
-mount --bind /bin/false "$(command -v unshare)"
+if [ -n "$TOOLS" ]; then
+    export PATH="$TOOLS"
+else
+    mount --bind /bin/false "$(command -v unshare)"
+fi
 exec "$SCRIPT" "$@"

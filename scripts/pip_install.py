@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Installs the wheels that a lock file pins, and nothing else.
+
+    scripts/pip_install.py LOCK_FILE [--for PYTHON] [option of pip install]...
+
+The wheels are for this Python, or for another one that needs no pip. The Dockerfile gives pip the
+same options, in its environment. Of the user's settings of pip those count that say where packages
+come from; any other could change what is installed, or fail.
+"""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+
+OPTIONS = [
+    "--no-cache-dir",
+    "--disable-pip-version-check",
+    "--no-deps",
+    "--require-hashes",
+    "--only-binary=:all:",
+]
+SETTINGS_THAT_COUNT = {
+    "cert",
+    "client-cert",
+    "extra-index-url",
+    "find-links",
+    "index-url",
+    "keyring-provider",
+    "no-index",
+    "proxy",
+    "retries",
+    "timeout",
+    "trusted-host",
+}
+
+
+def settings(pip: list[str]) -> dict[str, str]:
+    """Returns the user's settings that count, as variables of pip.
+
+    They come from pip's configuration files and its variables (`pip config list`). Exits if pip
+    cannot read them; it has said why.
+    """
+    command = [*pip, "config", "list"]
+    listed = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if listed.returncode != 0:
+        sys.exit(listed.returncode)
+    found = {}
+    # A line is, for example: global.index-url='https://…'. What counts more comes last: first all
+    # commands' settings, then those of the command install, then the variables (":env:").
+    lines = listed.stdout.splitlines()
+    for section in "global.", "install.", ":env:.":
+        for line in lines:
+            name, _, value = line.removeprefix(section).partition("=")
+            if line.startswith(section) and name in SETTINGS_THAT_COUNT:
+                found["PIP_" + name.replace("-", "_").upper()] = ast.literal_eval(value)
+    return found
+
+
+def main() -> None:
+    """Becomes pip."""
+    lock_file, *options = sys.argv[1:]
+    python = sys.executable
+    if options[:1] == ["--for"]:
+        python = options[1]
+        del options[:2]
+    pip = importlib.util.find_spec("pip")
+    if not pip or not pip.submodule_search_locations:
+        sys.exit("this Python has no pip; try: apt-get install python3-pip")
+    (folder,) = pip.submodule_search_locations
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment |= settings([sys.executable, "-E", folder])
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_ROOT_USER_ACTION": "ignore"}
+    command = [python, "-E", folder, "install", *OPTIONS, "-r", lock_file, *options]
+    os.execve(python, command, environment)
+
+
+main()

@@ -1,0 +1,17 @@
+#!/bin/sh -e
+# Runs $SCRIPT where something is mounted below /opt: by root, or by the user $AS if this is root.
+if [ -z "$MOUNTED" ]; then
+    export MOUNTED=yes
+    if [ "$(id -u)" = 0 ]; then
+        exec unshare --mount "$0" "$@"
+    fi
+    exec unshare --map-root-user --mount "$0" "$@"
+fi
+mount -t tmpfs tmpfs /opt
+mkdir /opt/mounted
+mount -t tmpfs tmpfs /opt/mounted
+echo mounted >/opt/mounted/file
+if [ -n "$AS" ]; then
+    exec setpriv --reuid "$AS" --regid "$AS" --clear-groups "$SCRIPT" "$@"
+fi
+exec "$SCRIPT" "$@"
