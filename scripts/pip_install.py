@@ -42,7 +42,7 @@ def settings(pip: list[str]) -> dict[str, str]:
     They come from pip's configuration files and its variables (`pip config list`). Exits if pip
     cannot read them; it has said why.
     """
-    command = [*pip, "config", "list"]
+    command = [*pip, "--no-cache-dir", "config", "list"]
     listed = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if listed.returncode != 0:
         sys.exit(listed.returncode)

@@ -77,7 +77,7 @@ def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared)
     if start.option == "--docker":
         commands = run("docker", "top", shared.container, "-eo", "pid,args").stdout.splitlines()
     else:
-        commands = processes_of(sample)
+        commands = processes_of(sample).values()
     (extension,) = [each for each in commands if re.search(rf" /opt/(extensions/)?{NAME}", each)]
     # The launcher has become it.
     assert re.search(rf"python3 -\S.* /opt/{NAME}/extension.py$", extension)
