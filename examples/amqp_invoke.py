@@ -11,6 +11,7 @@ There the Lambda Runtime API Daemon serves a queue of the function's name.
 import argparse
 import os
 import sys
+import threading
 import time
 import uuid
 
@@ -50,7 +51,22 @@ def invoke(channel, function: str, event: bytes, seconds: float = 30) -> bytes:
     raise TimeoutError(f"no answer from {function} within {seconds} s")
 
 
-def main():
+def exit_after(seconds: float, message: str) -> None:
+    """Ends this program with the message unless it ends within the seconds.
+
+    This holds whatever the program waits for: a name server, the broker, or the answer.
+    """
+
+    def give_up():
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+
+
+def main() -> None:
     """Invokes the function that the command line names, and prints its answer."""
     broker = "amqp://user:password@host:port (default: amqp://localhost)"
     parser = argparse.ArgumentParser(
@@ -59,7 +75,11 @@ def main():
     parser.add_argument("function")
     parser.add_argument("event", nargs="?", default="{}", help="JSON (default: {})")
     parser.add_argument(
-        "--timeout", type=float, default=30, metavar="SECONDS", help="for the answer (default: 30)"
+        "--timeout",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="for all of it, from the connection to the answer (default: 30)",
     )
     options = parser.parse_intermixed_args()
     uri = os.environ.get("AMQP_URI", "amqp://localhost")
@@ -68,7 +88,10 @@ def main():
         parameters = pika.URLParameters(uri)
     except ValueError:
         sys.exit("AMQP_URI takes amqp://user:password@host:port")
+    # The URI may be the Daemon's, which tells it to try for months.
+    parameters.connection_attempts = 1
     broker = f"{parameters.host}:{parameters.port}"
+    exit_after(options.timeout, f"no answer from {options.function} within {options.timeout} s")
     try:
         with pika.BlockingConnection(parameters) as connection:
             channel = connection.channel()

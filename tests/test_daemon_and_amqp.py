@@ -231,12 +231,27 @@ def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, function)
     assert ran.result().stderr == f"no answer from {function.queue} within 1.0 s\n"
 
 
+@pytest.mark.parametrize("parameters", ["", "?connection_attempts=1000000&retry_delay=10"])
+def test_the_client_waits_no_longer_than_it_is_told_for_a_broker_that_does_not_answer(parameters):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts, and says nothing
+        uri = f"amqp://127.0.0.1:{server.getsockname()[1]}{parameters}"
+        command = sys.executable, client.__file__, "function", "--timeout", "1.5"
+        begin = time.monotonic()
+        ran = run(*command, env=os.environ | {"AMQP_URI": uri}, timeout=60)
+    assert (ran.returncode, ran.stderr) == (1, "no answer from function within 1.5 s\n")
+    assert time.monotonic() - begin < 10
+
+
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
         ("amqp://lambda:secret%20word@{broker}", "nothing serves the function no-function"),
         (
             "amqp://user:secret@localhost:{port}",
+            "no RabbitMQ at localhost:{port}, or access denied",
+        ),
+        (
+            "amqp://user:secret@localhost:{port}?connection_attempts=1000000&retry_delay=10",
             "no RabbitMQ at localhost:{port}, or access denied",
         ),
         (
