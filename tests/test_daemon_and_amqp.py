@@ -6,7 +6,7 @@ These are the client, Compose and Kubernetes.
 import contextlib
 import json
 import os
-import re
+import signal
 import socket
 import sys
 import time
@@ -16,7 +16,7 @@ import amqp_invoke as client
 import pika
 import pytest
 from engine import build, first_base_image
-from machine import ROOT, free_port, real_daemon, run, wait_until
+from machine import ROOT, free_port, real_daemon, run, wait_until, yaml_documents
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
 from sample import HELLO, NAME, copy_sample, evaluate, once, replace
 
@@ -129,40 +129,76 @@ def test_an_extension_that_dies_at_its_start_or_with_an_event_is_started_again(
         wait_until(lambda: answer() == HELLO and it.received, 60)
 
 
-@pytest.mark.parametrize("name", ["compose", "kubernetes"])
-def test_stopping_one_of_three_copies_as_an_example_does_loses_no_message(
-    name, engine, rabbitmq, evaluating
-):
-    text = (ROOT / "examples" / f"{name}.yaml").read_text()
-    (words,) = map(json.loads, re.findall(r" command: (.*)", text) or ["[]"])
-    options = [f"--stop-signal={signal}" for signal in re.findall(r"stop_signal: (\w+)", text)]
-    options += [f"--entrypoint={word}" for word in words[:1]]
-    settings = CREDENTIALS | {"AWS_LAMBDA_FUNCTION_NAME": name, "AMQP_URI": f"amqp://{rabbitmq}"}
-    options += [f"--env={key}={value}" for key, value in settings.items()]
-    options += [f"--volume={real_daemon()}:/usr/local/bin/aws-lambda-rie"]
-    options.append(build(evaluating, "copies", first_base_image()))
-    answered, containers = {}, []
-    with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
-        for number in "123":
-            started = "docker", "run", "--rm", "--detach", f"--env=COPY={number}"
-            containers.append(run(*started, *options, *words[1:]).stdout.strip())
-            stack.callback(run, "docker", "kill", containers[-1])
-        wait_until(lambda: consumers(rabbitmq, name) == 3)
-        channel = connection.channel()
-        answers = channel.queue_declare("", exclusive=True).method.queue
+class Queue:
+    """A hundred invocations of a function that waits a little and names its copy."""
+
+    def __init__(self, channel, name):
+        self.channel = channel
+        self.answers = channel.queue_declare("", exclusive=True).method.queue
         event = b'{"do": "time.sleep(0.05) or os.environ[\'COPY\']"}'
         for number in range(100):
-            properties = pika.BasicProperties(reply_to=answers, correlation_id=str(number))
+            properties = pika.BasicProperties(reply_to=self.answers, correlation_id=str(number))
             channel.basic_publish("", name, event, properties)
-        messages = channel.consume(answers, auto_ack=True, inactivity_timeout=60)
+
+    def answered(self, after_twenty):
+        """Waits for all answers; after the first twenty calls a function. Returns who answered."""
+        answered = {}
+        messages = self.channel.consume(self.answers, auto_ack=True, inactivity_timeout=60)
         for method, properties, answer in messages:
             assert method, f"{len(answered)} of 100 answered"
             answered[properties.correlation_id] = json.loads(answer)
             if len(answered) == 20:
-                run("docker", "stop", "--time", "1", containers[1])
+                after_twenty()
             if len(answered) == 100:
-                break
-    assert set(answered.values()) == {*"123"}
+                return {*answered.values()}
+
+
+def test_killing_one_of_three_runs_loses_no_message(start, rabbitmq, evaluating):
+    settings = CREDENTIALS | {"LAMBDA_RUNTIME_API_DAEMON": real_daemon()}
+    settings |= {"AMQP_URI": f"amqp://{rabbitmq}", "AWS_LAMBDA_FUNCTION_TIMEOUT": "60"}
+    name = f"killed{start.option}"
+    with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
+        words = "-e", f"AWS_LAMBDA_FUNCTION_NAME={name}"
+        copies = [
+            stack.enter_context(start(evaluating, *words, "-e", f"COPY={number}", **settings))
+            for number in "123"
+        ]
+        wait_until(lambda: consumers(rabbitmq, name) == 3)
+        assert Queue(connection.channel(), name).answered(copies[1].kill) == {*"123"}
+
+
+@pytest.mark.slow
+def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_shutdown(
+    engine, rabbitmq, evaluating
+):
+    deployment, _ = yaml_documents(ROOT / "examples" / "kubernetes.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    entrypoint, *words = pod["containers"][0]["command"]
+    settings = CREDENTIALS | {
+        "AWS_LAMBDA_FUNCTION_NAME": "stopped",
+        "AMQP_URI": f"amqp://{rabbitmq}",
+        "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
+    }
+    options = [f"--env={key}={value}" for key, value in settings.items()]
+    options += [f"--entrypoint={entrypoint}", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL"]
+    options += [f"--volume={real_daemon()}:/usr/local/bin/aws-lambda-rie"]
+    options.append(build(evaluating, "copies", first_base_image()))
+    containers = []
+    with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
+        for number in "123":
+            # Kubernetes says nothing else to sh.
+            started = "docker", "run", "--detach", f"--env=COPY={number}"
+            containers.append(run(*started, *options, *words).stdout.strip())
+            stack.callback(run, "docker", "rm", "--force", containers[-1])
+        wait_until(lambda: consumers(rabbitmq, "stopped") == 3)
+        seconds = str(pod["terminationGracePeriodSeconds"])
+        stop = "docker", "stop", "--time", seconds, containers[1]
+        who = Queue(connection.channel(), "stopped").answered(lambda: run(*stop))
+        assert who == {*"123"}
+        assert '"eventType": "SHUTDOWN"' in run("docker", "logs", containers[1]).stdout
+        # sh has ended the container, not Kubernetes.
+        code = run("docker", "inspect", "--format", "{{.State.ExitCode}}", containers[1]).stdout
+        assert int(code) == 128 + signal.SIGTERM
 
 
 class Function:

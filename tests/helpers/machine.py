@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import random
 import shutil
@@ -41,6 +42,14 @@ def tool(name):
     """The path of a command that not every machine has."""
     found = shutil.which(name, path=f"{TOOLS}:{os.environ['PATH']}")
     return found or missing(f"no {name} on this machine")
+
+
+def yaml_documents(file):
+    """What a YAML file contains, document by document."""
+    python = TOOLS / "python3"
+    if not python.exists():
+        missing("no PyYAML without --all")
+    return json.loads(run(python, PROGRAMS / "yaml_to_json.py", file).stdout)
 
 
 def real_daemon():
