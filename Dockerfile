@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT-0
+#
 # Any Debian or Ubuntu with Python 3.10 or newer.
 ARG BASE_IMAGE=ubuntu:24.04
 ARG EXTENSION=python-example-extension

@@ -1,4 +1,6 @@
 #!/bin/sh
+# SPDX-License-Identifier: MIT-0
+#
 # The image's ENTRYPOINT, and also its /var/runtime/bootstrap. On Lambda, which sets
 # AWS_LAMBDA_RUNTIME_API, it becomes the runtime interface client (RIC), which calls the handler.
 # Elsewhere it becomes the Runtime Interface Emulator (RIE), which starts the RIC.

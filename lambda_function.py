@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """The function: the hello-world handler that the Lambda console creates."""
 
 import json

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT-0
+#
 # Builds the sample's image and runs it here, in Docker. Where there is no Docker, it leaves that to
 # scripts/run_without_docker.py. It works with macOS's bash 3.2 too.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT-0
 """Invokes a Lambda function through RabbitMQ.
 
 There the Lambda Runtime API Daemon serves a queue of the function's name.

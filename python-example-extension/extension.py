@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """Your extension: write init(), which runs once, and process(), which gets each event."""
 
 from lifecycle import log, run  # first: it catches signals, and other imports may take long

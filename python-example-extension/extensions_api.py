@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """A client for the Lambda Extensions API.
 
 https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html

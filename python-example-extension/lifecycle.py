@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """The lifecycle of an extension: it registers, initializes, takes event after event, and ends.
 
 https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtime-environment.html

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """SIGTERM and SIGINT, which ask the extension to end, and the watchdog that ends it in time.
 
 Lambda announces the end by a SHUTDOWN event. The signals come from whoever else stops a program:

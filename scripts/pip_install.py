@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT-0
 """Installs the wheels that a lock file pins, and nothing else.
 
     scripts/pip_install.py LOCK_FILE [--for PYTHON] [option of pip install]...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """Runs the sample on this Linux machine, without Docker. python-example-extension.sh starts it:
 
     python3 -E scripts/run_without_docker.py ADDRESS PORT GREETING [NAME | NAME=VALUE]...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """Collects records and, while the function runs, sends them to COLLECTOR_URL, many per request.
 
 Each record arrives at least once, unless the collector refuses it, or fails until newer records

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """A collector to try the example with: prints each record that it gets, on a line of its own."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT-0
 """Ships what the function logs, and what Lambda says about its invocations, to COLLECTOR_URL."""
 
 from lifecycle import api, log, run  # first: it catches signals, and other imports may take long

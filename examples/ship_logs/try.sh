@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT-0
+#
 # Tries this example: runs the sample with it, invokes the function, and shows what a collector gets
 # that runs in the same container. It takes the options of the sample's own run script.
 set -euo pipefail

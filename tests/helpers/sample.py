@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from machine import PROGRAMS, ROOT
+from machine import PROGRAMS, ROOT, run
 
 NAME = next(ROOT.glob("*/extension.py")).parent.name
 HELLO = {"statusCode": 200, "body": '"Hello from Lambda!"'}  # what the function answers
@@ -45,9 +45,8 @@ def once(folder, statement):
 
 def rename(sample, name):
     """Renames a copy as the README says."""
-    for path in NAME, f"extensions/{NAME}", f"{NAME}.sh":
-        (sample / path).rename(sample / path.replace(NAME, name))
-    replace(sample / "Dockerfile", f"ARG EXTENSION={NAME}\n", f"ARG EXTENSION={name}\n")
+    renamed = run(sample / "scripts" / "rename", name)
+    assert (renamed.returncode, renamed.stderr) == (0, "")
 
 
 def evaluate(sample):
