@@ -28,7 +28,7 @@ fail() {
 }
 
 # Prints NAME=VALUE and a NUL for each option -e NAME whose variable the shell exports.
-variables_to_pass() {
+print_exported() {
     while [ $# -gt 0 ]; do
         if [[ $1 = -e && ${2:-} =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] && printenv "$2" >/dev/null; then
             printf '%s=%s\0' "$2" "${!2}"
@@ -37,9 +37,9 @@ variables_to_pass() {
     done
 }
 
-# This is read further down, but looked up now, before this script sets variables of its own: they
-# could have the same names.
-exec 3< <(variables_to_pass "$@")
+# Fetches the values of -e NAME here, before this script's own variables overwrite those of the same
+# names. They are read further down.
+exec 4< <(print_exported "$@")
 
 self=$(readlink -f "$0" 2>/dev/null || echo "$0") # older macOS has no -f
 name=$(basename "$self" .sh)
@@ -54,25 +54,29 @@ publish=127.0.0.1:8080
 assigned=()
 # What -e passes through from the shell: NAME=VALUE each. No command line ever shows these values.
 passed=()
-# Variables that configure this run, set in the shell or with -e. The function gets these, and no
-# other variable of the shell:
+# Variables that configure this run, from the shell or from -e. The function gets these, and what -e
+# names, but nothing else of the shell.
 settings=(AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT
     AWS_LAMBDA_MAX_CONCURRENCY MAX_CONCURRENCY AMQP_URI AMQP_USERNAME AMQP_PASSWORD)
-# And these are for this script alone:
+# These configure the run as well, but do not reach the function.
 own_settings=(BASE_IMAGE LAMBDA_RUNTIME_API_DAEMON)
 
-# Sets a variable, NAME=VALUE, if it is one that configures this run.
-set_if_setting() {
-    [[ " ${settings[*]} ${own_settings[*]} " = *" ${1%%=*} "* ]] && export "${1?}"
-}
+# Whether NAME=VALUE sets one of them.
+is_setting() { [[ " ${settings[*]} ${own_settings[*]} " = *" ${1%%=*} "* ]]; }
 
-AWS_LAMBDA_FUNCTION_NAME=$name
-while IFS= read -r -d '' variable <&3; do
-    set_if_setting "$variable" || passed+=("$variable")
+AWS_LAMBDA_FUNCTION_NAME=$name # whatever the shell says; only -e changes it
+while IFS= read -r -d '' variable <&4; do
+    if is_setting "$variable"; then
+        export "${variable?}"
+    else
+        passed+=("$variable")
+    fi
 done
-exec 3<&-
+exec 4<&-
 while [ $# -gt 0 ]; do
-    [[ $1 != -[ep] || $# -gt 1 ]] || fail "$1 takes a value; see --help" 2
+    if [[ $1 = -[ep] && $# -lt 2 ]]; then
+        fail "$1 takes a value; see --help" 2
+    fi
     case $1 in
     -h | --help)
         usage
@@ -87,8 +91,12 @@ while [ $# -gt 0 ]; do
         ;;
     -e)
         [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*(=|$) ]] || fail "-e takes NAME or NAME=VALUE, not '$2'" 2
-        if [[ $2 = *=* ]]; then
-            set_if_setting "$2" || assigned+=("$2")
+        if [[ $2 != *=* ]]; then
+            : # one of those above
+        elif is_setting "$2"; then
+            export "${2?}"
+        else
+            assigned+=("$2")
         fi
         shift
         ;;
@@ -120,7 +128,7 @@ fi
 for variable in AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT \
     AWS_LAMBDA_MAX_CONCURRENCY ${daemon:+MAX_CONCURRENCY}; do
     if [ -z "${!variable:-}" ]; then
-        unset "$variable" # the emulator takes an empty one for a number
+        unset "$variable" # an empty AWS_LAMBDA_MAX_CONCURRENCY would turn on managed mode
     elif [[ ! ${!variable} =~ ^[1-9][0-9]*$ ]]; then
         fail "$variable takes a whole number from 1, not '${!variable}'" 2
     fi
@@ -137,29 +145,31 @@ job=''
 # The name of the container that this command runs, if any.
 container=''
 
-# Runs a command to its end and returns its status. Unlike a command in the foreground, a signal to
-# this script can end it at any time.
+# Runs a command without input, and returns its status. bash lets a command in the foreground end
+# before it acts on a signal, but not `wait`, so the command runs in the background.
 await() {
-    # Job control (set -m) gives the command a process group of its own. So Ctrl-C, which the
-    # terminal sends to the group of this script, does not reach it, and one kill reaches all of it.
+    # With job control (set -m) the command gets a process group of its own. The terminal's Ctrl-C
+    # reaches only this script, which then ends the whole group.
     set -m
     (
-        # Tells the watcher first, so that it can end whatever comes next. This is the subshell's
-        # process ID, for which macOS's bash has no variable.
+        # A line for the watcher says what to end if this script is killed from now on. $PPID is the
+        # process ID of this subshell, for which macOS's bash has no variable.
         sh -c 'echo "$PPID $1"' sh "$container" >&3
-        "$@" 3>&-
+        exec 3>&- # so that this script alone holds it: see watch
+        "$@"
     ) </dev/null &
     job=$!
     set +m
     local status=0
     wait "$job" || status=$?
-    kill -- "-$job" 2>/dev/null || : # what say_if_slow may have left
+    kill -s KILL -- "-$job" 2>/dev/null || : # what say_if_slow may have left
     job=''
-    echo >&3
+    (echo >&3) 2>/dev/null || : # an empty line: there is nothing to end
     return "$status"
 }
 
-# Runs a command that prints nothing while it waits; after two seconds says what it waits for.
+# Runs a command that prints nothing while it waits; after two seconds says what it waits for. Only
+# for await, which ends what is left of the sleep.
 say_if_slow() {
     local what=$1
     shift
@@ -167,38 +177,44 @@ say_if_slow() {
     "$@"
 }
 
-# Ends the job by SIGTERM, or by SIGKILL: end_job TERM | KILL
+# Ends the job with a signal, TERM or KILL, and after five seconds with KILL.
 end_job() {
-    if [ -n "$container" ]; then
-        end_container "$1"
-    else
-        kill -s "$1" -- "-$job" 2>/dev/null
-    fi
-}
-
-# Ends the container, and so the `docker run` that is the job.
-end_container() {
-    local command=(docker stop -t 2) # SIGTERM, and SIGKILL two seconds later
     local client=''
-    if [ "$1" = KILL ]; then
-        command=(docker kill)
+    if [ -z "$container" ]; then
+        signal_job "$1"
     fi
-    # Nothing can stop a container before it is created, so this tries again. But an engine that
-    # hangs never answers.
     for _ in {1..50}; do
         kill -0 "$job" 2>/dev/null || return 0
-        if [ -z "$client" ] || ! kill -0 "$client" 2>/dev/null; then
-            "${command[@]}" "$container" >/dev/null 2>&1 &
+        # Nothing can stop a container before it is created, so this tries again.
+        if [ -n "$container" ] && ! kill -0 "$client" 2>/dev/null; then
+            end_container "$1" >/dev/null 2>&1 &
             client=$!
         fi
         sleep 0.1
     done
-    say "Docker does not answer; if the container $container still runs, end it"
-    kill -s KILL "$client" -- "-$job" 2>/dev/null
+    if [ -n "$container" ]; then
+        say "Docker does not answer; if the container $container still runs, end it"
+        kill -s KILL "$client" 2>/dev/null
+    fi
+    signal_job KILL
 }
 
-# Ends the job if this script cannot, because it was killed. Only the script holds the other end of
-# the pipe from which this reads what the job is; so when the pipe ends, the script is gone.
+signal_job() {
+    kill -s "$1" -- "-$job" 2>/dev/null
+    kill -s CONT -- "-$job" 2>/dev/null # the terminal may have suspended it
+}
+
+# `docker run`, which is the job, ends with its container.
+end_container() {
+    if [ "$1" = TERM ]; then
+        exec docker stop -t 2 "$container" # SIGTERM, and SIGKILL two seconds later
+    else
+        exec docker kill "$container"
+    fi
+}
+
+# Ends the job if this script cannot, because it was killed. It reads what the job is from a pipe
+# whose other end, descriptor 3, only the script holds. So the pipe ends when the script does.
 watch() {
     trap '' INT TERM HUP QUIT
     local process_group container_name
@@ -224,30 +240,26 @@ exec 3> >(
     watch <&0 >/dev/null 2>&1 &
 )
 
+# Status 0, because whoever sends one of these wants the run to end.
+trap finish INT TERM HUP QUIT
 finish() {
     trap '' INT TERM HUP QUIT
     set +e
     if [ -n "$job" ]; then
         end_job TERM
-        # A signal that came before may cut one wait short.
-        while kill -0 "$job" 2>/dev/null; do
-            wait "$job" 2>/dev/null
-        done
+        wait "$job" 2>/dev/null
     fi
+    exit 0
 }
-
-trap finish EXIT
-# Not in EXIT's trap, which another signal would cut short.
-trap 'finish; trap - EXIT; exit 0' INT TERM HUP QUIT
 
 # --- The two ways to run --------------------------------------------------------------------------
 
-# Becomes a command, with some variables set (NAME=VALUE) and others unset (NAME):
+# Becomes a command, with some variables set (NAME=VALUE) and others unset (NAME). Only for await.
 #   with_variables [NAME[=VALUE]]... -- COMMAND...
-# It has no variables of its own, because those could have the same names.
+# It declares no variable, because that could hide one that is to be passed.
 with_variables() {
     while [ "$1" != -- ]; do
-        unset "${1%%=*}" # an array of this script could not be exported
+        unset "${1%%=*}" # it may be an array of this script, which cannot be exported
         if [[ $1 = *=* ]]; then
             export "${1?}"
         fi
@@ -257,29 +269,32 @@ with_variables() {
     exec "$@"
 }
 
-# The Daemon exits when it runs out of attempts to connect. An empty AMQP_URI means no broker.
-#   set_amqp_uri NAME_OF_THIS_MACHINE
-set_amqp_uri() {
+# Sets AMQP_URI unless it is set already; an empty one means no broker. The Daemon exits when it has
+# used up its attempts to connect.
+#   default_amqp_uri NAME_OF_THIS_MACHINE
+default_amqp_uri() {
     local parameters="connection_attempts=1000000&retry_delay=10&heartbeat=10"
     AMQP_URI=${AMQP_URI-amqp://$1:5672?$parameters}
 }
 
 # Prints how to invoke the function.
 greeting() {
-    local function=function
+    local function_name=function # the emulator knows no other
     local headers=''
     if [ -n "$daemon" ]; then
-        function=$AWS_LAMBDA_FUNCTION_NAME
+        function_name=$AWS_LAMBDA_FUNCTION_NAME
     elif [ -n "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ]; then
+        # The runtime of Managed Instances asks for it.
         headers=" -H 'Content-Type: application/json'"
     fi
-    local url=http://$address:$port/2015-03-31/functions/$function/invocations
+    local url=http://$address:$port/2015-03-31/functions/$function_name/invocations
     echo "starting; Ctrl-C ends it. Try:"
     echo "    curl -XPOST $url$headers -d '{\"key\": \"value\"}'"
 }
 
 run_in_docker() {
-    # Another builder than the engine's own may keep the image to itself.
+    # Without this variable Docker uses the engine's own builder. Another one may keep the image to
+    # itself.
     await env -u BUILDX_BUILDER docker build --build-arg "BASE_IMAGE=$BASE_IMAGE" --tag "$name" . ||
         fail "the image cannot be built; see above"
 
@@ -289,15 +304,15 @@ run_in_docker() {
         --tmpfs "/tmp:exec,size=512m" --ipc none --pids-limit 1024 --ulimit nofile=1024
         --memory "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE}m" --publish "$address:$port:8080")
     local machine=host.docker.internal
-    if [[ $(docker --version 2>/dev/null) = podman* ]]; then
+    if await is_podman; then
         machine=host.containers.internal
         options+=(--http-proxy=false) # otherwise the function gets this shell's proxies
     else
         options+=(--add-host "$machine:host-gateway")
     fi
     if [ -n "$daemon" ]; then
-        set_amqp_uri "$machine"
-        # With z, SELinux lets containers read the file.
+        default_amqp_uri "$machine"
+        # With z, SELinux lets containers read the file, from now on.
         options+=(--volume "$daemon:/usr/local/bin/aws-lambda-rie:ro,z")
         assigned+=(INVOKE_API_HOST=0.0.0.0 PORT=8080)
     elif [ -n "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ]; then
@@ -306,8 +321,8 @@ run_in_docker() {
         options+=(--user root --cap-add SETUID --cap-add SETGID --cap-add KILL)
     fi
 
-    # A variable that is named, but not set, stays out of the container. Otherwise Docker adds the
-    # proxies of its own configuration, with their passwords.
+    # Naming a variable without setting it keeps it out of the container. Without their names here,
+    # Docker would add the proxies of its own configuration, with their passwords.
     local proxies=(HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY
         http_proxy https_proxy ftp_proxy all_proxy no_proxy)
     local variable
@@ -319,7 +334,7 @@ run_in_docker() {
     export "${settings[@]}"
     say "$(greeting)"
     container=$name-$$
-    # Never pulled: it would be a stranger's image.
+    # Never pulled: an image of this name in a registry is not this one.
     await with_variables "${proxies[@]}" ${passed[@]+"${passed[@]}"} -- \
         docker run --rm --name "$container" --pull never "${options[@]}" "$name" ||
         fail "the container ended with status $?; see its output above"
@@ -335,17 +350,18 @@ if sys.version_info < (3, 10):
     sys.exit("this is Python " + sys.version)
 ' || fail "this needs Python 3.10 or newer; try: apt-get install python3 python3-pip"
     if [ -n "$daemon" ]; then
-        set_amqp_uri localhost
+        default_amqp_uri localhost
     fi
     export "${settings[@]}"
-    # It says itself what goes wrong.
+    # If it fails, it has already said why.
     await with_variables ${passed[@]+"${passed[@]}"} "LAMBDA_RUNTIME_API_DAEMON=$daemon" -- \
         python3 -E scripts/run_without_docker.py "$address" "$port" "$(greeting)" \
         "${settings[@]}" ${passed[@]+"${passed[@]%%=*}"} ${assigned[@]+"${assigned[@]}"} || exit 1
 }
 
-# Finds out why Docker cannot be used, and sets $obstacle to that, or to nothing.
-find_obstacle() {
+# Asks the engine, and pulls the base image if necessary. Sets $obstacle to the reason why Docker
+# cannot be used, or to an empty string.
+prepare_docker() {
     obstacle=''
     if ! command -v docker >/dev/null; then
         obstacle="there is no docker command"
@@ -356,6 +372,8 @@ find_obstacle() {
         obstacle="the base image $BASE_IMAGE cannot be pulled; set BASE_IMAGE to a local image"
     fi
 }
+
+is_podman() { [[ $(docker run --help 2>&1) = *--http-proxy* ]]; }
 
 has_image() { docker image inspect "$1" >/dev/null 2>&1; }
 
@@ -369,7 +387,7 @@ if [ "$way" = --no-docker ]; then
     run_without_docker
     exit
 fi
-find_obstacle
+prepare_docker
 if [ -z "$obstacle" ]; then
     run_in_docker
 elif [ "$way" = --docker ]; then

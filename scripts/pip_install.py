@@ -4,9 +4,11 @@
 
     scripts/pip_install.py LOCK_FILE [--for PYTHON] [option of pip install]...
 
-The wheels are for this Python, or for another one that needs no pip. The Dockerfile gives pip the
-same options, in its environment. Of the user's settings of pip those count that say where packages
-come from; any other could change what is installed, or fail.
+The wheels are for this Python, or with --for, for that one, which need not have pip. The Dockerfile
+gives pip the options that matter, in its environment.
+
+Of the user's pip settings only those count that say where packages come from, and how to reach
+them. Any other setting could change what is installed, or break it.
 """
 
 import ast
@@ -25,6 +27,7 @@ OPTIONS = [
 SETTINGS_THAT_COUNT = {
     "cert",
     "client-cert",
+    "default-timeout",
     "extra-index-url",
     "find-links",
     "index-url",
@@ -53,8 +56,10 @@ def settings(pip: list[str]) -> dict[str, str]:
     lines = listed.stdout.splitlines()
     for section in "global.", "install.", ":env:.":
         for line in lines:
+            if not line.startswith(section):
+                continue
             name, _, value = line.removeprefix(section).partition("=")
-            if line.startswith(section) and name in SETTINGS_THAT_COUNT:
+            if name in SETTINGS_THAT_COUNT:
                 found["PIP_" + name.replace("-", "_").upper()] = ast.literal_eval(value)
     return found
 

@@ -4,11 +4,11 @@
     python3 -E scripts/run_without_docker.py ADDRESS PORT GREETING [NAME | NAME=VALUE]...
 
 The emulator, or the Daemon that LAMBDA_RUNTIME_API_DAEMON names, listens on that address and port.
-The function and the extension get the variables NAME of this process, those that are set here, and
-no others. The greeting is printed when all is ready.
+The function and the extension get each variable NAME=VALUE, each NAME with its value in this
+process, and what they need from here, but nothing else. The greeting is printed when all is ready.
 
 What the image would contain is installed into the folder .run, once for each Python and each set of
-pins. Each run has a folder of its own in there, with the extension, which it shows as /opt.
+pins. Each run has a folder of its own in .run, and what it contains for /opt is shown there.
 
 SIGINT, SIGTERM, SIGHUP or SIGQUIT ends it. The signal must be sent to its process group, so that
 the emulator gets it as well.
@@ -35,12 +35,13 @@ from typing import NoReturn
 SAMPLE = Path(__file__).resolve().parents[1]
 NAME = next(SAMPLE.glob("*/extension.py")).parent.name
 RUNS = SAMPLE / ".run"
+PIP_INSTALL = SAMPLE / "scripts" / "pip_install.py"
 OPT = Path("/opt")
-# Not a link to it: from there, a relocatable Python would not find its standard library.
+# Not a link to it: an environment made through a link looks for the standard library beside that.
 PYTHON = os.path.realpath(sys.executable)
 
-# These are blocked from the start, and asked for where this program waits. So none of them can come
-# at a bad moment, and none is lost.
+# These signals stay blocked, and the program takes them where it waits (sigwait). So none of them
+# interrupts it elsewhere, and none is lost: Linux keeps a blocked signal pending, SIGCHLD included.
 ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 AWAITED_SIGNALS = ENDING_SIGNALS | {signal.SIGCHLD}
 
@@ -57,7 +58,10 @@ def fail(text: str) -> NoReturn:
 
 
 def start(command: list[str | Path], **options) -> subprocess.Popen:
-    """Starts a command, which gets the signals that are blocked here; exits if one came before."""
+    """Starts a command, in which these signals are not blocked.
+
+    Exits instead if a signal has asked this program to end.
+    """
 
     def unblock_signals():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED_SIGNALS)
@@ -71,14 +75,13 @@ def start(command: list[str | Path], **options) -> subprocess.Popen:
 def wait_for(process: subprocess.Popen) -> int:
     """Waits until the process ends, and returns its status.
 
-    Exits as soon as a signal asks for that, once the process has ended, or two seconds later has
-    been killed.
+    If a signal asks this program to end, waits up to three seconds for the process, which has got
+    the signal as well, then kills it if necessary, and exits with status 0.
     """
     while process.poll() is None:
         if signal.sigwait(AWAITED_SIGNALS) in ENDING_SIGNALS:
-            # The process has got the signal, too.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=2)
+                process.wait(timeout=3)  # AWS's emulator kills an extension after two
             process.kill()
             process.wait()
             sys.exit(0)
@@ -107,7 +110,10 @@ def open_lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keeps a folder to this process; yields the descriptor that holds the lock."""
+    """Locks a folder, waiting if another run has locked it; yields the descriptor of the lock.
+
+    The lock lasts until the last process that has inherited the descriptor has ended.
+    """
     file = open_lock(folder)
     begin = time.monotonic()
     said = False
@@ -124,7 +130,7 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def remove_folders_of_killed_runs() -> None:
-    """Removes the folders in .run that no run uses."""
+    """Removes the folders in .run that no run has locked."""
     for folder in RUNS.glob("run.*"):
         file = open_lock(folder)
         if try_to_lock(file):
@@ -133,11 +139,8 @@ def remove_folders_of_killed_runs() -> None:
 
 
 @contextlib.contextmanager
-def run_folder() -> Iterator[tuple[Path, int]]:
-    """Makes a folder for this run.
-
-    Yields it, with the descriptor of its lock. It is locked for as long as a process has that.
-    """
+def own_folder() -> Iterator[tuple[Path, int]]:
+    """Makes a folder for this run and locks it; yields it, and the descriptor of its lock."""
     folder = Path(tempfile.mkdtemp(prefix="run.", dir=RUNS))
     try:
         with locked(folder) as lock:
@@ -146,23 +149,27 @@ def run_folder() -> Iterator[tuple[Path, int]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pip_install(lock_file: Path, target: Path, run_folder: Path, *options: str) -> None:
-    """Installs the packages that the lock file pins into the folder target."""
-    command = [PYTHON, "-E", SAMPLE / "scripts" / "pip_install.py", lock_file, "--target", target]
-    environment = os.environ | {"TMPDIR": str(run_folder)}
+def pip_install(pins: Path, target: Path, temporary: Path, *options: str) -> None:
+    """Installs the packages that a file pins into the folder target."""
+    command = [PYTHON, "-E", PIP_INSTALL, pins, "--target", target]
+    environment = os.environ | {"TMPDIR": str(temporary)}
     if run([*command, *options], env=environment, stdout=sys.stderr) != 0:
-        fail("pip failed; see its words above")
+        fail("pip failed; see its output above")
 
 
-def install(run_folder: Path) -> Path:
-    """Installs what the image contains, if necessary; returns the folder where it is."""
-    function = SAMPLE / "requirements.txt"
-    extension = SAMPLE / NAME / "requirements.txt"
-    emulator = SAMPLE / "scripts" / "requirements-rie.txt"
-    contents = f"{platform.machine()} {PYTHON} {sys.version}".encode()
-    for file in function, extension, emulator, Path(__file__):
-        contents += file.read_bytes()
-    installed = RUNS / f"{NAME}-{hashlib.sha256(contents).hexdigest()[:16]}"
+def install(folder: Path) -> Path:
+    """Installs what the image contains, if necessary; returns the folder where it is.
+
+    It is put together in this run's own folder, and appears in .run all at once.
+    """
+    function_pins = SAMPLE / "requirements.txt"
+    extension_pins = SAMPLE / NAME / "requirements.txt"
+    emulator_pins = SAMPLE / "scripts" / "requirements-rie.txt"
+    # Whatever decides what is installed.
+    key = f"{platform.machine()} {PYTHON} {sys.version}".encode()
+    for file in function_pins, extension_pins, emulator_pins, PIP_INSTALL, Path(__file__):
+        key += file.read_bytes()
+    installed = RUNS / f"{NAME}-{hashlib.sha256(key).hexdigest()[:16]}"
     if installed.exists():
         return installed
 
@@ -170,29 +177,29 @@ def install(run_folder: Path) -> Path:
     if not cpu:
         fail(f"there is no emulator for the CPU {platform.machine()}")
     say(f"installing the dependencies into {RUNS} (once)")
-    new = run_folder / "new"
-    # The function's in a virtual environment, which hides this machine's packages.
+    new = folder / "new"
+    # The function's packages go into a virtual environment, which hides this machine's.
     if run([PYTHON, "-E", "-m", "venv", "--without-pip", new / "python"]) != 0:
         fail("no virtual environment can be made; see above")
     (site_packages,) = new.glob("python/lib/python*/site-packages")
-    pip_install(function, site_packages, run_folder)
-    pip_install(extension, new / "opt" / NAME, run_folder)
-    pip_install(emulator, run_folder / "sam", run_folder, "--no-compile")
-    binary = run_folder / "sam" / "samcli" / "local" / "rapid" / f"aws-lambda-rie-{cpu}"
+    pip_install(function_pins, site_packages, folder)
+    pip_install(extension_pins, new / "opt" / NAME, folder)
+    pip_install(emulator_pins, folder / "sam", folder, "--no-compile")
+    binary = folder / "sam" / "samcli" / "local" / "rapid" / f"aws-lambda-rie-{cpu}"
     binary.rename(new / "aws-lambda-rie")
     return new.rename(installed)
 
 
 def copy_executable(file: Path, folder: Path) -> Path:
-    """Copies a script into a folder, and makes it executable, whatever the checkout."""
+    """Copies a script into a folder, and makes it executable, as a ZIP file may not have."""
     copy = Path(shutil.copy(file, folder))
     copy.chmod(0o755)
     return copy
 
 
-def make_opt(installed: Path, run_folder: Path) -> Path:
+def make_opt(installed: Path, folder: Path) -> Path:
     """Makes what is /opt in the image, and returns its folder."""
-    opt = Path(shutil.copytree(installed / "opt", run_folder / "opt", symlinks=True))
+    opt = Path(shutil.copytree(installed / "opt", folder / "opt", symlinks=True))
     for file in (SAMPLE / NAME).glob("*.py"):
         shutil.copy(file, opt / NAME)
     (opt / "extensions").mkdir()
@@ -200,12 +207,12 @@ def make_opt(installed: Path, run_folder: Path) -> Path:
     return opt
 
 
-def namespaces(opt: Path) -> list[str | Path]:
-    """Returns a command that runs another one, whose /opt shows that folder.
+def isolating_command(opt: Path) -> list[str | Path]:
+    """Returns the words to put before a command so that it sees that folder as /opt.
 
-    The mounts are seen in a namespace of their own alone, and the other command's processes end
-    with it. Returns an empty list where that is not possible; then `unshare` or `mount` has said
-    why.
+    Only that command sees the mounts, and all its processes end with it. For an ordinary user, it
+    runs as root of a namespace of its own, without more rights. Returns an empty list where this
+    does not work; then `unshare` or `mount` has said why.
     """
     unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if os.geteuid() != 0:
@@ -228,30 +235,29 @@ def remove_dead_links() -> None:
 
 @contextlib.contextmanager
 def links(opt: Path) -> Iterator[None]:
-    """Links into /opt what that folder contains, and removes the links in the end."""
-    say("no namespaces here, see above: linking into /opt for the duration of the run")
+    """Links the extension into /opt, and removes the links in the end."""
     with contextlib.ExitStack() as made:
         try:
             remove_dead_links()
-            for path in opt.iterdir():
-                link = OPT / path.name
-                link.symlink_to(path)
+            for name in "extensions", NAME:
+                link = OPT / name
+                link.symlink_to(opt / name)
                 made.callback(link.unlink)
         except OSError as error:
             say(str(error))
-            fail("cannot link into /opt; end the run that uses it, or use --docker, or root")
+            fail("cannot link into /opt; end the run that uses it, or use --docker, or run as root")
         yield
 
 
 def free_port() -> int:
-    """Returns a port of loopback that is free, and that no outgoing connection takes."""
+    """Returns a free port of loopback, from below those that Linux uses for connections."""
     while True:
         port = random.randrange(10_000, 30_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
 
-def emulator(installed: Path, address: str, port: str) -> tuple[list[str], dict[str, str]]:
+def emulator_command(installed: Path, address: str, port: str) -> tuple[list[str], dict[str, str]]:
     """Returns the command of what emulates Lambda, and the variables that it needs."""
     api_port = str(free_port())
     daemon = os.environ.get("LAMBDA_RUNTIME_API_DAEMON")
@@ -259,8 +265,8 @@ def emulator(installed: Path, address: str, port: str) -> tuple[list[str], dict[
         return [daemon], {"INVOKE_API_HOST": address, "PORT": port, "RUNTIME_API_PORT": api_port}
     command = [
         str(installed / "aws-lambda-rie"),
-        *("--runtime-interface-emulator-address", f"{address}:{port}"),
-        *("--runtime-api-address", f"127.0.0.1:{api_port}"),
+        f"--runtime-interface-emulator-address={address}:{port}",
+        f"--runtime-api-address=127.0.0.1:{api_port}",
     ]
     return command, {}
 
@@ -269,28 +275,29 @@ def variables(words: list[str]) -> dict[str, str]:
     """Returns the variables NAME of this process, and those that are given as NAME=VALUE."""
     found = {}
     for word in words:
-        name, is_given, value = word.partition("=")
-        if is_given:
+        name, equals_sign, value = word.partition("=")
+        if equals_sign:
             found[name] = value
         elif name in os.environ:
             found[name] = os.environ[name]
     return found
 
 
-def run_sample(address: str, port: str, greeting: str, words: list[str]) -> None:
+def run_sample(address: str, port: str, greeting: str, words: list[str]) -> NoReturn:
     """Runs the sample until it ends, or a signal ends it."""
-    RUNS.mkdir(mode=0o700, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        # One run at a time cleans up and installs, so none removes what another has just made.
         with locked(RUNS):
             remove_folders_of_killed_runs()
-            folder, lock = stack.enter_context(run_folder())
+            folder, lock = stack.enter_context(own_folder())
             installed = install(folder)
         opt = make_opt(installed, folder)
-        isolated = namespaces(opt)
+        isolated = isolating_command(opt)
         if not isolated:
+            say("no namespaces here, see above: linking into /opt for the duration of the run")
             stack.enter_context(links(opt))
 
-        command, settings = emulator(installed, address, port)
+        command, settings = emulator_command(installed, address, port)
         environment = {
             "PATH": f"{installed}/python/bin:/usr/local/bin:/usr/bin:/bin",
             # The function runs in the sample's folder, and leaves no bytecode there.
@@ -306,9 +313,16 @@ def run_sample(address: str, port: str, greeting: str, words: list[str]) -> None
             [*isolated, *command, entrypoint, handler[1]],
             env=environment | settings | variables(words),
             cwd="/",  # the emulator stumbles over some folders' names
-            pass_fds=[lock],
+            pass_fds=[lock],  # another run keeps this folder even if this program alone is killed
         )
         fail(f"{Path(command[0]).name} ended with status {status}; see its output above")
+
+
+def make_folder_of_runs() -> None:
+    """Makes .run, which nobody else can read, or says why not."""
+    RUNS.mkdir(mode=0o700, exist_ok=True)
+    if os.geteuid() not in (0, RUNS.stat().st_uid):
+        fail(f"{RUNS} belongs to another user, who ran this before: remove it")
 
 
 def main() -> None:
@@ -316,10 +330,9 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED_SIGNALS)
     address, port, greeting, *words = sys.argv[1:]
     try:
+        make_folder_of_runs()
         run_sample(address, port, greeting, words)
     except OSError as error:
-        if RUNS.exists() and RUNS.stat().st_uid != os.geteuid():
-            fail(f"{RUNS} belongs to another user, who ran this before: remove it. {error}")
         fail(f"cannot run here: {error}")
 
 

@@ -141,16 +141,29 @@ def test_only_without_docker_option_does_it_fall_back_and_say_why(
     assert reason in last_line(script(sample, "--docker", **environment))
 
 
+def hanging_docker(folder, command):
+    """A PATH with an engine that hangs at a command, and does nothing at the others."""
+    return path_with(folder, "docker", f"""case "$1 $2" in "{command}"*) exec sleep 600 ;; esac""")
+
+
 @pytest.mark.parametrize("command", ["version", "image inspect"])
 def test_while_the_engine_hangs_it_says_so_and_a_signal_ends_it(sample, tmp_path, command):
-    hangs = f"""case "$1 $2" in "{command}"*) exec sleep 600 ;; esac"""
-    path = path_with(tmp_path, "docker", hangs)
+    path = hanging_docker(tmp_path, command)
     with running(sample, "--docker", wait=False, PATH=path) as it:
         wait_until(lambda: it.output == f"{NAME}: waiting for the Docker engine\n")
         begin = time.monotonic()
         assert it.stop() == 0
         assert time.monotonic() - begin < 2
         wait_until(lambda: not processes_of(sample))
+
+
+@pytest.mark.parametrize("command", ["version", "image inspect", "build", "run"])
+def test_a_kill_while_the_engine_hangs_leaves_nothing_running(copy, tmp_path, command):
+    path = hanging_docker(tmp_path, command)
+    with running(copy, "--docker", wait=False, PATH=path) as it:
+        wait_until(lambda: "sleep 600" in processes_of(copy).values())
+        it.kill()
+        wait_until(lambda: not processes_of(copy))
 
 
 def test_while_the_port_does_not_answer_it_says_so_and_a_signal_ends_it(sample):

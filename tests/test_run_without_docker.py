@@ -58,7 +58,7 @@ def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fre
         for it in one, other:
             assert it.invoke() == HELLO
             it.ends_cleanly()
-    assert not processes_of(fresh)
+    wait_until(lambda: not processes_of(fresh))
     assert {path.name for path in fresh.glob(".run/*")} == {"lock", installed(fresh).name}
 
 
@@ -68,7 +68,7 @@ def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh):
     with running(fresh, "--no-docker", wait=False) as it:
         assert it.wait(120) == 1
         assert "Hashes are required in --require-hashes mode" in it.output
-        assert it.output.endswith(f"{NAME}: pip failed; see its words above\n")
+        assert it.output.endswith(f"{NAME}: pip failed; see its output above\n")
     assert os.listdir(fresh / ".run") == ["lock"]
 
 
@@ -178,6 +178,24 @@ def test_what_is_mounted_below_opt_stays_visible_also_for_an_ordinary_user(evalu
 
 
 @pytest.mark.usefixtures("installed_sample")
+def test_where_mounts_are_refused_it_links_into_opt(copy, tmp_path):
+    path = tmp_path / "bin"
+    path.mkdir()
+    (path / "mount").write_text("#!/bin/sh\necho mount: permission denied >&2\nexit 1\n")
+    (path / "mount").chmod(0o755)
+    (tmp_path / "opt").mkdir()
+    options = {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path / "opt"), "MOUNT": str(path)}
+    script = PROGRAMS / "without_namespaces.sh"
+    with running(copy, "--no-docker", script=script, **options) as it:
+        assert "mount: permission denied\n" in it.output
+        assert it.invoke() == HELLO
+        wait_until(lambda: it.received)
+        assert {*os.listdir(tmp_path / "opt")} == {"extensions", NAME}
+        it.ends_cleanly()
+    assert not os.listdir(tmp_path / "opt")
+
+
+@pytest.mark.usefixtures("installed_sample")
 def test_with_the_tools_of_busybox_it_links_into_opt(copy, tmp_path):
     busybox = tool("busybox")
     tools = tmp_path / "bin"
@@ -245,7 +263,7 @@ def test_without_namespaces_it_links_into_opt_while_it_runs_and_replaces_only_de
     with linking() as it:
         assert it.invoke() == HELLO
         it.ends_cleanly()
-    assert not os.listdir(tmp_path) and not processes_of(copy)
+    wait_until(lambda: not os.listdir(tmp_path) and not processes_of(copy))
     (tmp_path / "extensions").mkdir()
     with linking(wait=False) as it:
         assert it.wait(60) == 1
