@@ -14,8 +14,8 @@ ENV LAMBDA_TASK_ROOT=/var/task
 FROM python AS dependencies
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-pip
-# The lock files are complete, with hashes. scripts/pip_install.py says the same for runs without
-# Docker.
+# The lock files name every package that is needed, with hashes. scripts/pip_install.py gives pip
+# the same options for runs without Docker.
 ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all:
 WORKDIR /build
 ARG EXTENSION
@@ -23,8 +23,8 @@ COPY requirements.txt ./
 RUN pip3 install --no-compile --target "/image${LAMBDA_TASK_ROOT}" -r requirements.txt
 # The extension's dependencies stay separate from the function's.
 COPY ${EXTENSION}/requirements.txt ${EXTENSION}/
-# Lambda's file system is read-only, so compile now. Unchecked: the bytecode is valid whatever the
-# files' times.
+# Lambda's file system is read-only, so compile now. Unchecked bytecode is valid whatever the times
+# of the files are.
 RUN pip3 install --no-compile --target "/image/opt/${EXTENSION}" \
         -r "${EXTENSION}/requirements.txt" \
     && python3 -m compileall -q --invalidation-mode unchecked-hash /image
@@ -36,8 +36,8 @@ COPY lambda-entrypoint.sh ./
 COPY *.py .${LAMBDA_TASK_ROOT}/
 COPY extensions/${EXTENSION} opt/extensions/
 COPY ${EXTENSION}/*.py opt/${EXTENSION}/
-# Whatever the checkout: readable by any user, the two scripts executable and without Windows line
-# endings.
+# Whatever the checkout looks like, make all files readable by any user, and make the two scripts
+# executable and free of Windows line endings.
 RUN chmod -R u=rwX,go=rX . \
     && chmod 755 lambda-entrypoint.sh opt/extensions/* \
     && sed -i 's/\r$//' lambda-entrypoint.sh opt/extensions/* \
@@ -64,8 +64,8 @@ RUN pip3 install --no-compile --target sam -r requirements-rie.txt \
     && mkdir -p /image/usr/local/bin \
     && mv "sam/samcli/local/rapid/aws-lambda-rie-$cpu" /image/usr/local/bin/aws-lambda-rie
 
-# The same with the Runtime Interface Emulator, to run anywhere else, as a user ID that is not in
-# use: https://systemd.io/UIDS-GIDS
+# The same plus the Runtime Interface Emulator, to run anywhere else. It runs as a user ID that
+# nothing else uses: https://systemd.io/UIDS-GIDS
 FROM lambda
 COPY --from=rie /image/usr /usr
 USER 60999:60999

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT-0
 #
-# Builds the sample's image and runs it here, in Docker. Where there is no Docker, it leaves that to
-# scripts/run_without_docker.py. It works with macOS's bash 3.2 too.
+# Builds the sample's image and runs it here, in Docker. Where there is no Docker, this script
+# starts scripts/run_without_docker.py instead. It works with macOS's bash 3.2 too.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail +o posix
+export PATH # bash has one of its own, which it does not export, where the environment has none
 
 usage() {
     cat <<END
@@ -161,7 +162,7 @@ await() {
     job=$!
     set +m
     local status=0
-    wait "$job" || status=$?
+    wait "$job" 2>/dev/null || status=$?
     kill -s KILL -- "-$job" 2>/dev/null || : # what say_if_slow may have left
     job=''
     (echo >&3) 2>/dev/null || : # an empty line: there is nothing to end
@@ -180,20 +181,21 @@ say_if_slow() {
 # Ends the job with a signal, TERM or KILL, and after five seconds with KILL.
 end_job() {
     local client=''
+    local try
     if [ -z "$container" ]; then
         signal_job "$1"
     fi
-    for _ in {1..50}; do
+    for try in {1..50}; do
         kill -0 "$job" 2>/dev/null || return 0
         # Nothing can stop a container before it is created, so this tries again.
         if [ -n "$container" ] && ! kill -0 "$client" 2>/dev/null; then
-            end_container "$1" >/dev/null 2>&1 &
+            end_container "$1" "$try" >/dev/null 2>&1 &
             client=$!
         fi
         sleep 0.1
     done
     if [ -n "$container" ]; then
-        say "Docker does not answer; if the container $container still runs, end it"
+        say "Docker has not ended the container $container; if it still runs, end it"
         kill -s KILL "$client" 2>/dev/null
     fi
     signal_job KILL
@@ -206,7 +208,7 @@ signal_job() {
 
 # `docker run`, which is the job, ends with its container.
 end_container() {
-    if [ "$1" = TERM ]; then
+    if [ "$1" = TERM ] && [ "$2" -le 25 ]; then
         exec docker stop -t 2 "$container" # SIGTERM, and SIGKILL two seconds later
     else
         exec docker kill "$container"
@@ -226,15 +228,15 @@ watch() {
         return
     fi
     if [ -n "$daemon" ]; then
-        # Killed, the Daemon leaves to other copies what it took from its queue. On SIGTERM it
-        # would lose that.
+        # When the Daemon is killed, the messages that it took from its queue go to other copies. On
+        # SIGTERM it would lose them.
         end_job KILL
     else
         end_job TERM
     fi
 }
 
-# Job control puts the watcher out of reach of what is sent to this script's process group.
+# With job control, a signal to this script's process group does not reach the watcher.
 exec 3> >(
     set -m
     watch <&0 >/dev/null 2>&1 &
@@ -301,14 +303,15 @@ run_in_docker() {
     # As on Lambda: an unprivileged user without capabilities, a read-only file system with 512 MB
     # of /tmp and without /dev/shm, 1,024 processes, each with 1,024 open files.
     local options=(--cap-drop ALL --security-opt no-new-privileges --read-only
-        --tmpfs "/tmp:exec,size=512m" --ipc none --pids-limit 1024 --ulimit nofile=1024
+        --tmpfs "/tmp:exec,size=512m" --ipc none --pids-limit 1024
         --memory "${AWS_LAMBDA_FUNCTION_MEMORY_SIZE}m" --publish "$address:$port:8080")
     local machine=host.docker.internal
     if await is_podman; then
         machine=host.containers.internal
         options+=(--http-proxy=false) # otherwise the function gets this shell's proxies
     else
-        options+=(--add-host "$machine:host-gateway")
+        # podman would forget its other limits.
+        options+=(--add-host "$machine:host-gateway" --ulimit nofile=1024)
     fi
     if [ -n "$daemon" ]; then
         default_amqp_uri "$machine"
@@ -316,7 +319,7 @@ run_in_docker() {
         options+=(--volume "$daemon:/usr/local/bin/aws-lambda-rie:ro,z")
         assigned+=(INVOKE_API_HOST=0.0.0.0 PORT=8080)
     elif [ -n "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ]; then
-        # For Lambda Managed Instances the emulator starts as root, and the extension and the
+        # For Lambda Managed Instances, the emulator runs as root, and starts the extension and the
         # runtime as Lambda's user.
         options+=(--user root --cap-add SETUID --cap-add SETGID --cap-add KILL)
     fi
@@ -336,14 +339,18 @@ run_in_docker() {
     container=$name-$$
     # Never pulled: an image of this name in a registry is not this one.
     await with_variables "${proxies[@]}" ${passed[@]+"${passed[@]}"} -- \
-        docker run --rm --name "$container" --pull never "${options[@]}" "$name" ||
-        fail "the container ended with status $?; see its output above"
+        docker run --rm --name "$container" --pull never "${options[@]}" "$name" || {
+        local status=$?
+        # It still runs if only its client has ended, for example because nobody reads its output.
+        await docker kill "$container" >/dev/null 2>&1 || :
+        fail "the container ended with status $status; see its output above"
+    }
 }
 
 run_without_docker() {
     [ "$(uname)" = Linux ] || fail "--no-docker needs Linux; use Docker here"
     [ -z "${AWS_LAMBDA_MAX_CONCURRENCY:-}" ] || fail "AWS_LAMBDA_MAX_CONCURRENCY needs Docker"
-    # With -E, the shell's variables for Python, such as PYTHONHOME, do not count.
+    # With -E, Python ignores the shell's PYTHON* variables, such as PYTHONHOME.
     await say_if_slow "python3" python3 -E -c '
 import sys
 if sys.version_info < (3, 10):

@@ -30,7 +30,8 @@ WARM_CHARGE = "warm charge, ms"
 CORES = 0.15
 
 # The functions that are measured, and their variables for function.py. One answers at once; one
-# imports something in its first invocation, which takes 40 ms of CPU; one takes 250 ms to start.
+# imports something in its first invocation, which takes 40 ms of CPU time; one takes 250 ms to
+# start.
 FUNCTIONS = {
     "quick function": {},
     "late imports": {"FIRST_INVOCATION_MS": "40"},
@@ -101,7 +102,7 @@ def resident_mebibytes(pid):
 
 
 def install(folder, sources):
-    """Makes what environments run: returns {extension: its folder for /opt} and the task's."""
+    """Makes what environments run: returns {extension: folder for /opt} and the task folder."""
     pip_install = ROOT / "scripts" / "pip_install.py"
     task = folder / "task"
     packages = folder / "packages"
@@ -124,7 +125,7 @@ def install(folder, sources):
             shutil.copytree(ROOT / NAME, opt / NAME, dirs_exist_ok=True)
             shutil.copy(source, opt / NAME / "extension.py")
             shutil.copytree(ROOT / "extensions", opt / "extensions")
-    # As in the image.
+    # The image has bytecode, too.
     subprocess.run([sys.executable, "-m", "compileall", "-q", folder], check=True)
     return opts, task
 
@@ -159,7 +160,7 @@ def shown(value):
 
 
 def opt_folder(text):
-    """Checks an argument that must be a folder as for /opt; returns its path."""
+    """Checks an argument that must be a folder for /opt; returns its path."""
     folder = Path(text)
     extensions = list(folder.glob("extensions/*"))
     if len(extensions) != 1:
@@ -178,13 +179,13 @@ def parse_arguments():
         type=opt_folder,
         default=[],
         metavar="FOLDER",
-        help="other extensions, AWS's samples: each a folder as for /opt, ready to run; ratios"
-        " are to the first of them (default: to unpooled.py)",
+        help="other extensions, such as AWS's samples: for each a folder as /opt is to have it,"
+        " ready to run; ratios are to the first of them (default: to unpooled.py)",
     )
     for option, default, meaning in (
-        ("--rounds", 9, "in which everything is measured once"),
-        ("--invocations", 1000, "of a warm function, in a round"),
-        ("--events", 1000, "for which TCP connections are counted"),
+        ("--rounds", 9, "rounds, each of which measures everything once"),
+        ("--invocations", 1000, "invocations of a warm function, in a round"),
+        ("--events", 1000, "events for which TCP connections are counted"),
     ):
         help_text = f"{meaning} (default: {default})"
         parser.add_argument(option, type=int, default=default, help=help_text)

@@ -1,7 +1,7 @@
 """A Lambda execution environment that starts, answers and charges as Lambda does.
 
-It plays Lambda's APIs on loopback. The extension is started first; when it has registered, the
-function's runtime is. Init ends when both ask for an event. An invocation goes to both at once. Its
+It plays Lambda's APIs on loopback. The extension is started first and, when it has registered, the
+function's runtime. Init ends when both ask for an event. An invocation goes to both at once. Its
 caller has the answer when the function responds, and it is charged until both ask again.
 """
 
@@ -83,7 +83,7 @@ class LambdaApis(socketserver.ThreadingTCPServer):
         if path == f"{RUNTIME_API}/invocation/{REQUEST_ID}/response":
             self.happened.put((RESPONDS, now))
             return http_response(202)
-        # Errors end the measurement. What else an extension may ask for, it must do without.
+        # Errors end the measurement. An extension must do without whatever else it asks for.
         if path.endswith("/error"):
             self.happened.put((f"{method} {path}", now))
         return http_response(202)
@@ -161,7 +161,7 @@ def is_running(pid, program):
 class Environment(contextlib.ExitStack):
     """An execution environment; a context manager. Raises SystemExit if what runs in it fails.
 
-    opt is a folder that holds what /opt shall hold, task what /var/task would hold. The function's
+    opt is a folder that holds what /opt is to hold, task what /var/task would hold. The function's
     settings are environment variables, {name: value}.
     """
 
@@ -173,7 +173,7 @@ class Environment(contextlib.ExitStack):
         self.callback(self.cpu.kill)
         self.processes = {}  # by name; when one has ended, so has the measurement
         self._log = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        # This Python first, and not by a shim such as pyenv's.
+        # This Python comes first, itself, not as a shim such as pyenv's.
         path = f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}"
         self._variables = {
             "PATH": path,
@@ -219,7 +219,7 @@ class Environment(contextlib.ExitStack):
         while missing := [what for what in expected if what not in times]:
             times |= self._what_happens_next()
             if time.monotonic() > end:
-                self._fail(f"waited {SECONDS} seconds until {missing[0]}")
+                self._fail(f"after {SECONDS} seconds, it still waits until {missing[0]}")
         return times
 
     def _what_happens_next(self):
@@ -251,8 +251,8 @@ class Environment(contextlib.ExitStack):
         return (max(times.values()) - start) * 1e3
 
     def invoke(self):
-        """Invokes the function; returns after how many milliseconds its answer is there, and
-        how many milliseconds are charged.
+        """Invokes the function; returns the milliseconds until its answer is there, and the
+        milliseconds that are charged.
         """
         start = time.perf_counter()
         expected = [RESPONDS, RUNTIME_ASKS]

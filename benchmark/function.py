@@ -1,6 +1,6 @@
 """A function that takes as much CPU time as its environment variables say, and answers.
 
-Variables: milliseconds of CPU time at its start, and in its first invocation.
+START_MS is how many milliseconds at its start, FIRST_INVOCATION_MS in its first invocation.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The plainest extension: requests.get() for every event, as in AWS's example.
 
-Each opens a new TCP connection.
+Each request opens a new TCP connection.
 """
 
 import json

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT-0
 """Invokes a Lambda function through RabbitMQ.
 
-There the Lambda Runtime API Daemon serves a queue of the function's name.
+The Lambda Runtime API Daemon must serve a queue there that has the function's name.
 """
 
 # /// script
@@ -25,7 +25,7 @@ def invoke(channel, function: str, event: bytes, seconds: float = 30) -> bytes:
 
     channel is an open pika channel with delivery confirmation. Raises
     pika.exceptions.UnroutableError if the function has no queue, which means that nothing serves
-    it, and TimeoutError if there is no answer within the seconds.
+    it, and TimeoutError if there is no answer within that many seconds.
     """
     answers = channel.queue_declare(queue="", exclusive=True).method.queue
     correlation_id = str(uuid.uuid4())
@@ -53,7 +53,7 @@ def invoke(channel, function: str, event: bytes, seconds: float = 30) -> bytes:
 
 
 def exit_after(seconds: float, message: str) -> None:
-    """Ends this program with the message unless it ends within the seconds.
+    """Ends this program with the message unless it has ended within that many seconds.
 
     This holds whatever the program waits for: a name server, the broker, or the answer.
     """
@@ -80,7 +80,7 @@ def main() -> None:
         type=float,
         default=30,
         metavar="SECONDS",
-        help="for all of it, from the connection to the answer (default: 30)",
+        help="limit for everything, from the connection to the answer (default: 30)",
     )
     options = parser.parse_intermixed_args()
     uri = os.environ.get("AMQP_URI", "amqp://localhost")
@@ -89,7 +89,7 @@ def main() -> None:
         parameters = pika.URLParameters(uri)
     except ValueError:
         sys.exit("AMQP_URI takes amqp://user:password@host:port")
-    # The URI may be the Daemon's, which tells it to try for months.
+    # The URI may be the one of the Daemon, and tell it to try for months.
     parameters.connection_attempts = 1
     broker = f"{parameters.host}:{parameters.port}"
     exit_after(options.timeout, f"no answer from {options.function} within {options.timeout} s")

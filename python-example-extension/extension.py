@@ -8,7 +8,7 @@ import json
 
 
 def init() -> None:
-    """Gets ready. Lambda sends no invocation before it returns.
+    """Gets ready. Lambda sends no invocation before init() returns.
 
     The extensions and the function share 10 seconds to get ready. If that is not enough, Lambda
     starts all of them again at the first invocation, within the function's timeout, so init() may
@@ -18,7 +18,7 @@ def init() -> None:
 
 
 def process(event: dict) -> None:
-    """Takes an INVOKE event at every invocation, while the handler runs, and at last SHUTDOWN.
+    """Takes an INVOKE event at every invocation, while the handler runs, and SHUTDOWN in the end.
 
     Managed Instances have no INVOKE event.
 
@@ -29,7 +29,7 @@ def process(event: dict) -> None:
     functions. A signal also leads to SHUTDOWN. The extension then ends within 1.5 seconds of the
     signal, even if process() has not returned, or has not yet been given SHUTDOWN.
 
-    An event is one of these dicts. It does not contain the invocation's payload. ("Next" in
+    An event is one of these dicts. It does not contain the invocation's payload. (See "Next" in
     https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html)
 
         {"eventType": "INVOKE",

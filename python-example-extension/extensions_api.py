@@ -51,12 +51,12 @@ class ExtensionsApi:
     Two HTTP clients share the work. Importing requests takes longer than everything else in a cold
     start, and Lambda starts the function's runtime only when the extension has registered. So the
     standard library's http.client registers. Then, while the runtime starts, open_session()
-    imports requests, and one session asks for every event. So nothing is imported while an
-    invocation runs, when somebody waits for it.
+    imports requests, and one session asks for every event. Nothing is imported while an
+    invocation runs and somebody waits for it.
     """
 
     def __init__(self, name):
-        self._headers = {NAME_HEADER: name}  # once registered, the identifier instead
+        self._headers = {NAME_HEADER: name}  # after register(), the identifier instead
         self._is_registered = False
         self._has_asked_for_event = False
         self._address = os.environ.get("AWS_LAMBDA_RUNTIME_API", "").strip()
@@ -112,9 +112,9 @@ class ExtensionsApi:
     def send(self, method, path, body, headers=None):
         """Sends a request with a body that becomes JSON; returns an http.client.HTTPResponse.
 
-        Each request has a connection of its own: there are few, and hours may lie between them, in
-        which an idle connection would die. The content of the response has been read already; use
-        its status (int) and headers.
+        Each request has a connection of its own: there are few requests, and hours may lie between
+        them, in which an idle connection would die. The content of the response has been read
+        already; use its status (int) and headers.
         """
         headers = {"Content-Type": "application/json", **self._headers, **(headers or {})}
         with api_errors(f"{method} {self._url}{path}"):
@@ -146,7 +146,7 @@ class ExtensionsApi:
 
 
 def runs_on_managed_instances():
-    """Returns whether this environment is one of those that run many invocations at once.
+    """Returns whether this is a Managed Instance, which runs many invocations at once.
 
     https://docs.aws.amazon.com/lambda/latest/dg/lambda-managed-instances.html
     """
@@ -158,14 +158,14 @@ class UnexpectedResponse(Exception):
 
 
 def require_success(status, content):
-    """Raises UnexpectedResponse unless the status (int) means success; it quotes the content."""
+    """Raises an UnexpectedResponse, quoting the content, unless the status (int) is a success."""
     if not 200 <= status < 300:
         raise UnexpectedResponse(f"{status} {excerpt(content)}")
 
 
 def event_in(content):
     """Returns the event in the content (bytes) of a response, or raises UnexpectedResponse."""
-    # Not an event: not JSON, nested too deeply, not a dict, or without an eventType.
+    # It is not an event if it is not JSON, nested too deeply, not a dict, or without an eventType.
     with contextlib.suppress(Exception):
         event = json.loads(content)
         if isinstance(event["eventType"], str):

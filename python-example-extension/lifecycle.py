@@ -21,7 +21,7 @@ NAME = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
 
 
 def duplicate(stream):
-    """Returns a further descriptor (int) of a stream, or None for a stream that is None.
+    """Returns another descriptor (int) of a stream, or None for a stream that is None.
 
     A standard stream is None if it was closed when Python started.
     """
@@ -45,9 +45,9 @@ def run(process: Callable[[dict], object], init: Callable[[], object] | None = N
 
     The last event is SHUTDOWN. SIGTERM and SIGINT lead to one, too.
 
-    After an exception it exits with status 1. Before that it shows the exception and reports it to
-    Lambda: an error of the Extensions API and sys.exit("reason") without a traceback, anything else
-    with one.
+    After an exception it exits with status 1. Before that, it shows the exception and reports it to
+    Lambda. An error of the Extensions API and sys.exit("reason") come without a traceback, anything
+    else comes with one.
     """
     extension = Extension(process, init)
     signals.set_signal_handler(extension.on_signal)
@@ -65,8 +65,8 @@ class Extension:
     def __init__(self, process, init):
         self.process = process
         self.init = init
-        self.waits_for_event = False  # so the main thread runs neither init() nor process()
-        self.signal_event = None  # the SHUTDOWN event that stands for a signal, once one has come
+        self.waits_for_event = False  # if so, the main thread runs neither init() nor process()
+        self.signal_event = None  # once a signal has come, the SHUTDOWN event that stands for it
 
     def process_events(self):
         """Gets ready, and processes one event after the other until SHUTDOWN."""
@@ -87,7 +87,7 @@ class Extension:
         """Returns the event for a signal that has come, or else waits for Lambda's next one."""
         if signals.is_fork:
             sys.exit()  # your code has forked, and the child has returned: events are not for it
-        # This comes before a look at signal_event, so that a signal in between is handled, too.
+        # Set this before looking at signal_event, so that a signal in between is handled, too.
         self.waits_for_event = True
         try:
             return self.signal_event or api.next_event()
@@ -100,7 +100,7 @@ class Extension:
         If the main thread is waiting for an event, this processes SHUTDOWN and ends the process. If
         it is doing something else, such as process(), next_event() returns SHUTDOWN afterwards.
         """
-        # In case a library such as asyncio keeps Python from telling the watchdog.
+        # A library such as asyncio may have kept Python from telling the watchdog.
         signals.limit_time(signum)
         if self.signal_event:
             return
@@ -114,7 +114,7 @@ class Extension:
 
 
 def end_with(task, *arguments):
-    """Calls task(*arguments) and ends the process: with 0, or with 1 if that raises something.
+    """Calls task(*arguments) and ends the process: with 0, or with 1 if the task raises something.
 
     os._exit() ends it at once. Python's own end would wait for threads, and run code that a signal
     could interrupt.
@@ -143,7 +143,7 @@ def fail_with(error):
 
 def description_of(error):
     """Returns an exception's text (str), its stack trace (list of str), and what to show (str)."""
-    import traceback  # takes long, and is seldom needed
+    import traceback  # importing it takes long, and it is seldom needed
 
     try:
         details = traceback.TracebackException.from_exception(error)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT-0
 """SIGTERM and SIGINT, which ask the extension to end, and the watchdog that ends it in time.
 
-Lambda announces the end by a SHUTDOWN event. The signals come from whoever else stops a program:
-a container engine, an emulator, Ctrl-C. Importing this module installs their handlers. Until then
-a signal kills the extension as it kills any program, so this module comes before slow imports.
+Lambda announces the end with a SHUTDOWN event. The signals come from whoever else stops a program:
+a container engine, an emulator, Ctrl-C. Importing this module installs handlers for them.
+Until then, a signal kills the extension as it kills any program, so this module comes before slow
+imports.
 """
 
 import _thread  # the threading module takes longer to import
@@ -79,8 +80,9 @@ def _watch():
         deadline = limit if deadline is None else min(deadline, limit)
 
 
-# A fork inherits the handlers and the wakeup fd, so a signal to it would reach the pipe, and end
-# the extension. So signals have to wait during a fork, until the child has reset both.
+# A fork inherits the handlers and the wakeup fd (see below), so a signal to it would reach the
+# pipe, and end the extension. To prevent that, signals are blocked during a fork, until the child
+# has reset both.
 _masks_before_fork = {}  # the signals that are blocked, by thread
 
 

@@ -44,15 +44,15 @@ def settings(pip: list[str]) -> dict[str, str]:
     """Returns the user's settings that count, as variables of pip.
 
     They come from pip's configuration files and its variables (`pip config list`). Exits if pip
-    cannot read them; it has said why.
+    cannot read them; pip has then said why.
     """
     command = [*pip, "--no-cache-dir", "config", "list"]
     listed = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if listed.returncode != 0:
         sys.exit(listed.returncode)
     found = {}
-    # A line is, for example: global.index-url='https://…'. What counts more comes last: first all
-    # commands' settings, then those of the command install, then the variables (":env:").
+    # A line is, for example: global.index-url='https://…'. What takes precedence comes last: first
+    # all commands' settings, then those of the command install, then the variables (":env:").
     lines = listed.stdout.splitlines()
     for section in "global.", "install.", ":env:.":
         for line in lines:
@@ -65,7 +65,7 @@ def settings(pip: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Becomes pip."""
+    """Runs pip in place of this program."""
     lock_file, *options = sys.argv[1:]
     python = sys.executable
     if options[:1] == ["--for"]:

@@ -119,7 +119,7 @@ def locked(folder: Path) -> Iterator[int]:
     said = False
     while not try_to_lock(file):
         if not said and time.monotonic() - begin > 2:
-            say("waiting for another run, which prepares itself")
+            say("waiting for another run to get ready")
             said = True
         if signal.sigtimedwait(ENDING_SIGNALS, 0.05):
             sys.exit(0)
@@ -214,10 +214,10 @@ def isolating_command(opt: Path) -> list[str | Path]:
     runs as root of a namespace of its own, without more rights. Returns an empty list where this
     does not work; then `unshare` or `mount` has said why.
     """
-    unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    options = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if os.geteuid() != 0:
-        unshare.append("--map-root-user")
-    command = [*unshare, "sh", SAMPLE / "scripts" / "mount-opt", opt]
+        options.append("--map-root-user")
+    command = ["unshare", *options, "sh", SAMPLE / "scripts" / "mount-opt", opt]
     try:
         status = run([*command, "true"])
     except FileNotFoundError as error:
@@ -245,7 +245,7 @@ def links(opt: Path) -> Iterator[None]:
                 made.callback(link.unlink)
         except OSError as error:
             say(str(error))
-            fail("cannot link into /opt; end the run that uses it, or use --docker, or run as root")
+            fail("cannot link into /opt; end the other run there, or use --docker, or run as root")
         yield
 
 
@@ -298,8 +298,10 @@ def run_sample(address: str, port: str, greeting: str, words: list[str]) -> NoRe
             stack.enter_context(links(opt))
 
         command, settings = emulator_command(installed, address, port)
+        given = variables(words)
+        path = [f"{installed}/python/bin", given.pop("PATH", ""), "/usr/local/bin:/usr/bin:/bin"]
         environment = {
-            "PATH": f"{installed}/python/bin:/usr/local/bin:/usr/bin:/bin",
+            "PATH": ":".join(filter(None, path)),
             # The function runs in the sample's folder, and leaves no bytecode there.
             "LAMBDA_TASK_ROOT": str(SAMPLE),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -311,7 +313,7 @@ def run_sample(address: str, port: str, greeting: str, words: list[str]) -> NoRe
         say(greeting)
         status = run(
             [*isolated, *command, entrypoint, handler[1]],
-            env=environment | settings | variables(words),
+            env=environment | settings | given,
             cwd="/",  # the emulator stumbles over some folders' names
             pass_fds=[lock],  # another run keeps this folder even if this program alone is killed
         )
@@ -320,13 +322,17 @@ def run_sample(address: str, port: str, greeting: str, words: list[str]) -> NoRe
 
 def make_folder_of_runs() -> None:
     """Makes .run, which nobody else can read, or says why not."""
-    RUNS.mkdir(mode=0o700, exist_ok=True)
+    try:
+        RUNS.mkdir(mode=0o700, exist_ok=True)
+    except FileExistsError:
+        fail(f"{RUNS} is not a folder: remove it")
     if os.geteuid() not in (0, RUNS.stat().st_uid):
         fail(f"{RUNS} belongs to another user, who ran this before: remove it")
 
 
 def main() -> None:
     """Runs the sample as the command line says."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would never be pending
     signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED_SIGNALS)
     address, port, greeting, *words = sys.argv[1:]
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests in a virtual environment of their own; it needs bash and Python with pip:
+# Runs the tests in a virtual environment of their own; this needs bash, and Python with pip:
 #   ./tests/run.sh [--all] [pytest options]
 # --all adds the slow tests, which take long or need heavy tools. A test whose tools are missing is
 # skipped, with the reason; with CI set it fails, unless it needs the Lambda Runtime API Daemon,
@@ -21,7 +21,7 @@ venv() {
 
 mkdir -p .venv
 exec 9>.venv/lock
-python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' # until another run has installed
+python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' # waits until another run has installed
 venv tests/requirements.txt .venv/tests
 selected="not slow"
 if [ "${1:-}" = --all ]; then
@@ -30,7 +30,7 @@ if [ "${1:-}" = --all ]; then
     venv tests/requirements-all.txt .venv/tools
 fi
 exec 9>&-
-# Not by a shim of pyenv, which breaks when several pips end at once.
+# Python itself, not a shim of pyenv, which breaks when several pips end at once.
 python=$(python3 -c 'import os, sys; print(os.path.dirname(os.path.realpath(sys.executable)))')
 export HYPOTHESIS_STORAGE_DIRECTORY=.venv/hypothesis PYTHONDONTWRITEBYTECODE=1
 PATH=$python:$PATH exec .venv/tests/bin/python3 -m pytest -m "$selected" "$@"

@@ -1,4 +1,4 @@
-"""The Lambda Runtime API Daemon in place of the emulator, and the examples.
+"""The Lambda Runtime API Daemon in place of the emulator, and the examples for it.
 
 These are the client, Compose and Kubernetes.
 """
@@ -72,7 +72,7 @@ def daemon_run(start, rabbitmq, folder, sample):
 
 @pytest.fixture(params=["HTTP", "AMQP"])
 def invoke(request, daemon_run, rabbitmq):
-    """Invokes that function with an event and returns its answer, by each way in."""
+    """Invokes that function with an event, over HTTP or AMQP, and returns its answer."""
     with connect(rabbitmq) as connection:
         channel = connection.channel()
         channel.confirm_delivery()
@@ -186,7 +186,7 @@ def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_sh
     containers = []
     with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
         for number in "123":
-            # Kubernetes says nothing else to sh.
+            # Kubernetes gives sh no other arguments either.
             started = "docker", "run", "--detach", f"--env=COPY={number}"
             containers.append(run(*started, *options, *words).stdout.strip())
             stack.callback(run, "docker", "rm", "--force", containers[-1])
@@ -202,11 +202,11 @@ def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_sh
 
 
 class Function:
-    """A function behind a queue, which the test plays."""
+    """A function behind a queue; the test plays the function."""
 
     def __init__(self, channel, pool):
         self.channel, self.queue = channel, channel.queue_declare("", exclusive=True).method.queue
-        self.submit = pool.submit  # calls what invokes it
+        self.submit = pool.submit  # calls, in a thread, what invokes the function
 
     def request(self):
         """Waits for a request; returns its properties and its body (bytes)."""
@@ -217,7 +217,7 @@ class Function:
         return wait_until(get)[1:]
 
     def answer(self, request, body):
-        """Answers the request (properties) after another one's answer."""
+        """Sends the answer to another request first, then the answer to this one (properties)."""
         for correlation_id, text in ("of another", b"wrong"), (request.correlation_id, body):
             properties = pika.BasicProperties(correlation_id=correlation_id)
             self.channel.basic_publish("", request.reply_to, text, properties)
@@ -269,7 +269,7 @@ def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, function)
 
 @pytest.mark.parametrize("parameters", ["", "?connection_attempts=1000000&retry_delay=10"])
 def test_the_client_waits_no_longer_than_it_is_told_for_a_broker_that_does_not_answer(parameters):
-    with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts, and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it accepts, but says nothing
         uri = f"amqp://127.0.0.1:{server.getsockname()[1]}{parameters}"
         command = sys.executable, client.__file__, "function", "--timeout", "1.5"
         begin = time.monotonic()

@@ -33,7 +33,7 @@ ANSWERS = {
 class AwsApi(http.server.BaseHTTPRequestHandler):
     """Answers what the commands ask of STS, ECR, IAM, Lambda and CloudWatch Logs.
 
-    It remembers what they ask, a line each.
+    It remembers each request as a line.
     """
 
     def do_POST(self):
@@ -53,7 +53,7 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
 def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_and_add_the_layer(
     tmp_path, copy, shell
 ):
-    """They work as pasted into bash and zsh, which knows no comments there, and more modifiers."""
+    """They work when pasted into bash or zsh, where zsh knows no comments, but more modifiers."""
     program, *options = shell.split()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AwsApi)
     server.asked = []

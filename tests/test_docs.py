@@ -34,7 +34,7 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
     )
     columns = [headings.index(name) for name in shown]
     measured = {}
-    for name, *cells in rows(page):  # of two rows of that name the first, for starts on demand
+    for name, *cells in rows(page):  # if two rows have a name, the first counts: on demand
         measured.setdefault(name, [cell.split()[0] for cell in cells])
     table = PAGES["README.md"].partition("| | no extension |")[2].partition("\n\n")[0]
     figures = rows(f"|{table}")

@@ -51,7 +51,7 @@ def reported(api, phase="exit"):
 
 
 def ends_after(content):
-    """An answer whose end of the connection arrives together with it, not a moment after it."""
+    """An answer that ends the connection: the end arrives together with it, not a moment later."""
 
     def send(connection):
         connection.sendall(content, getattr(socket, "MSG_MORE", 0))
@@ -119,7 +119,7 @@ def test_standard_output_closed(extension, closed):
     "close", ["sys.stdout.close(); sys.stderr.close()", "os.close(1)", "sys.stdout = None"]
 )
 def test_standard_output_closed_by_your_code(obedient, close):
-    """What log() writes still arrives, and nowhere else: a new connection may get descriptor 1."""
+    """What log() writes still arrives, and only there: a new connection may get descriptor 1."""
     gone = ends_after(invoke(do=f"{close}; log('closed')"))
     with ExtensionsApiServer([gone, invoke(do="log('still logged')"), SHUTDOWN]) as api:
         status, stdout, _ = end_of(obedient, api)
@@ -234,7 +234,7 @@ def test_a_bug_in_process(obedient, do, name, text):
         report = reported(api)
         assert len(api.asked("event/next")) == 1
     assert (status, report["errorType"]) == (1, f"Extension.{name}")
-    # The second in Python 3.10, the third if Python cannot show it at all.
+    # The first is what Python 3.10 shows, the second is for what Python cannot show at all.
     unprintable = f"<unprintable {name} object>", f"an exception that cannot be shown: {name}"
     assert text is None or report["errorMessage"] in (text, *unprintable)
     assert any("in process" in line for line in report["stackTrace"])
@@ -342,7 +342,7 @@ def test_a_signal_while_a_report_hangs(extension):
 def stops(it, signum=signal.SIGTERM, seconds=20, stderr=""):
     """Asserts that a signal ends the extension with 0, after one SHUTDOWN event.
 
-    Nothing but stderr may be on standard error, or anything if that is None.
+    Standard error must hold exactly stderr; if that is None, it may hold anything.
     """
     it.send_signal(signum)
     assert it.wait(seconds) == 0
@@ -378,7 +378,7 @@ def test_a_signal_while_waiting(obedient, signum):
 
 @pytest.mark.parametrize("where", ["process", "init"])
 def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
-    """It ends first: the handler of a signal could call process() in the middle of it."""
+    """Your code ends first: a handler must not call process() in the middle of it."""
     waiting = f"while not os.path.exists('{tmp_path}/end'): time.sleep(0.01)"
     code = f"log('Begun')\n{waiting}\nlog('Ended')"
     events, environment = ([invoke(do=code)], {}) if where == "process" else ([], {"AT_INIT": code})
@@ -418,7 +418,7 @@ def test_a_signal_after_shutdown(obedient):
 
 
 def stays_alive(obedient, do, logged):
-    """Asserts that the extension goes on after an event with this code, which logs that."""
+    """Asserts that the extension logs this line and goes on, after an event with this code."""
     code = "\n".join(["import signal", *do])
     with (
         ExtensionsApiServer([invoke(do=code), hangs]) as api,
@@ -502,7 +502,7 @@ def test_child_processes_of_multiprocessing(extension, tmp_path, method):
     with ExtensionsApiServer([invoke(), hangs]) as api, started(extension, api) as it:
         wait_until(lambda: len(api.asked("event/next")) == 2)
         assert "Hello from the child\n" in it.out
-        assert re.search(r"\] Exit codes: 0 (-15|0)\n", it.out)  # 0 where it is not a fork
+        assert re.search(r"\] Exit codes: 0 (-15|0)\n", it.out)  # 0 if it is no fork
         time.sleep(2)
         assert it.poll() is None
         assert len(api.asked("register")) == 1

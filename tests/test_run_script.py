@@ -1,6 +1,6 @@
 """python-example-extension.sh: its options, its errors, and its cleanup.
 
-With Docker or podman and without.
+The tests run it with Docker, with podman, and without either.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ def script(sample, *arguments, **environment):
 
 
 def path_with(folder, name, program):
-    """A PATH with the commands of this machine, but for one.
+    """A PATH with the commands of this machine, except for one.
 
-    A program of sh takes its place, or nothing if that is None.
+    A program for sh takes its place, or nothing does if the program is None.
     """
     for place in filter(os.path.isdir, reversed(os.environ["PATH"].split(":"))):
         run("cp", "-asf", f"{place}/.", folder)
@@ -157,6 +157,26 @@ def test_while_the_engine_hangs_it_says_so_and_a_signal_ends_it(sample, tmp_path
         wait_until(lambda: not processes_of(sample))
 
 
+def test_a_container_does_not_survive_its_client(sample, engine):
+    with running(sample, "--docker", BASE_IMAGE=first_base_image()) as it:
+        (client,) = [
+            pid for pid, command in processes_of(sample).items() if command.startswith("docker run")
+        ]
+        os.kill(client, signal.SIGKILL)
+        assert it.wait(30) == 1
+        assert it.output.endswith("the container ended with status 137; see its output above\n")
+        wait_until(lambda: is_gone(it, sample))
+
+
+def test_a_failing_docker_stop_is_followed_by_docker_kill(sample, engine, tmp_path):
+    docker = tool("docker")
+    path = path_with(tmp_path, "docker", f'[ "$1" != stop ] || exit 1; exec "{docker}" "$@"')
+    with running(sample, "--docker", PATH=path, BASE_IMAGE=first_base_image()) as it:
+        assert it.stop() == 0
+        wait_until(lambda: is_gone(it, sample))
+        assert "Docker has not ended" not in it.output
+
+
 @pytest.mark.parametrize("command", ["version", "image inspect", "build", "run"])
 def test_a_kill_while_the_engine_hangs_leaves_nothing_running(copy, tmp_path, command):
     path = hanging_docker(tmp_path, command)
@@ -188,7 +208,7 @@ def test_an_engine_that_hangs_when_the_run_ends_does_not_hang_the_run(sample, en
     with running(sample, "--docker", PATH=path, BASE_IMAGE=first_base_image()) as it:
         container = it.container
         assert it.stop() == 0
-        assert "Docker does not answer; if the container" in it.output
+        assert f"Docker has not ended the container {NAME}-{it.pid}; if it still runs" in it.output
         run("docker", "kill", container)
         wait_until(lambda: is_gone(it, sample))
 
@@ -207,9 +227,9 @@ def test_two_runs_listen_side_by_side_each_on_its_address_alone(start, sample):
 
 
 def is_gone(it, sample, folders=0):
-    """Whether no process and no container of a run is left, and at most so many folders.
+    """Whether no process and no container of a run is left, and at most that many folders.
 
-    A killed run leaves one.
+    A killed run leaves one folder.
     """
     containers = ""
     if shutil.which("docker"):
@@ -247,7 +267,7 @@ def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder
         it.invoke()
         os.killpg(it.pid, signal.SIGKILL)
         wait_until(lambda: is_gone(it, copy, folders=1))
-    # What bash reads first; with this, it is killed when its job has just started.
+    # bash reads this file first; with it, the script is killed when its job has just started.
     trap = tmp_path / "bash_env"
     kill = "case $BASH_COMMAND${1-} in job=?!with_variables) kill -9 -$$ ;; esac"
     trap.write_text(f"set -T; trap '{kill}' DEBUG")
@@ -269,7 +289,7 @@ def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywh
         "PASSWORD": secret,
         "AMQP_PASSWORD": secret,
     }
-    # The run uses the last four itself; what they are for the function means nothing to it.
+    # The run script uses the last four itself; the values for the function must not affect it.
     given = {
         "GIVEN": "a b=c OTHER d",
         "UID": "5",
@@ -295,10 +315,23 @@ def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywh
 
 
 def variables_of(*scripts):
-    """The names of the variables that scripts of the shell set."""
+    """The names of the variables that shell scripts set."""
     text = "".join(script.read_text() for script in scripts)
     names = re.findall(r"(?m)(?:^\s*|local |for |read -r )([a-z]\w*)(?:=| in |\+=)", text)
     return {*names, "process_group", "container_name"}
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/usr/bin:/bin"])
+def test_e_may_set_any_path(start, sample, path):
+    with start(sample, "-e", f"PATH={path}") as it:
+        assert it.invoke() == HELLO
+
+
+def test_it_runs_without_a_path_and_with_a_parent_that_ignores_the_end_of_children(start, sample):
+    ignoring = 'trap \'\' CHLD; exec env -u PATH "$0" "$@"'
+    command = "bash", "-c", ignoring, sample / f"{NAME}.sh"
+    with start(sample, prefix=command) as it:
+        assert it.invoke() == HELLO
 
 
 def test_e_passes_the_shells_variables_also_if_the_script_has_some_of_the_same_names(
@@ -318,7 +351,7 @@ def test_e_passes_the_shells_variables_also_if_the_script_has_some_of_the_same_n
 
 
 def test_dockers_own_proxies_stay_out_and_e_passes_the_shells(evaluating, engine, tmp_path):
-    # Building the image uses proxies, so these are of kinds that it does not need.
+    # Building the image uses proxies, so these are of kinds that the build does not need.
     proxies = {"ftpProxy": "http://user:secret@proxy.example.com:3128", "noProxy": "example.com"}
     (tmp_path / "config.json").write_text(json.dumps({"proxies": {"default": proxies}}))
     environment = {"DOCKER_CONFIG": str(tmp_path), "BASE_IMAGE": first_base_image()}
@@ -341,7 +374,7 @@ def test_with_an_engine_it_runs_in_docker_confined_as_lambda_confines_a_function
     sample, engine, how, memory
 ):
     variables = {"BASE_IMAGE": first_base_image()}
-    if memory == 200:  # and empty as if it were not set
+    if memory == 200:  # and an empty one counts as not set
         variables |= {"AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "200", "AWS_LAMBDA_MAX_CONCURRENCY": ""}
     words = [word for name, value in variables.items() for word in ("-e", f"{name}={value}")]
     with running(sample, *words) if how == "with -e" else running(sample, **variables) as it:

@@ -26,7 +26,7 @@ def installed(sample):
 
 @pytest.fixture
 def fresh(folder):
-    """A copy of the sample that was never run."""
+    """A copy of the sample that has never been run."""
     return copy_sample(folder / uuid.uuid4().hex)
 
 
@@ -111,7 +111,7 @@ def as_user(path, user=12345):
 
 
 def refuses(sample, *said, **options):
-    """Runs a copy that cannot run, and asserts that its only words are one line with these."""
+    """Runs a copy that cannot run, and asserts that it prints one line, with these words."""
     with running(sample, "--no-docker", wait=False, **options) as it:
         assert it.wait(60) == 1
     assert it.output.count("\n") == 1 and it.output.startswith(f"{NAME}: ")
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(fresh):
 
 def test_a_file_where_the_folder_should_be_is_one_line(fresh):
     (fresh / ".run").touch()
-    refuses(fresh, "File exists", f"{fresh}/.run")
+    refuses(fresh, f"{fresh}/.run is not a folder: remove it")
 
 
 @pytest.mark.usefixtures("installed_sample")
@@ -148,7 +148,7 @@ def test_while_another_run_prepares_itself_it_says_so_and_a_signal_ends_it(copy)
     with open(copy / ".run" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with running(copy, "--no-docker", wait=False) as it:
-            said = f"{NAME}: waiting for another run, which prepares itself\n"
+            said = f"{NAME}: waiting for another run to get ready\n"
             wait_until(lambda: it.output == said)
             begin = time.monotonic()
             assert it.stop() == 0
@@ -157,7 +157,7 @@ def test_while_another_run_prepares_itself_it_says_so_and_a_signal_ends_it(copy)
 
 @pytest.mark.slow
 def test_a_python_that_is_a_link_makes_an_environment_of_what_it_links_to(fresh, tmp_path):
-    # A relocatable Python finds its standard library from there alone.
+    # A relocatable Python finds its standard library only from where it really is.
     python = os.path.realpath(sys.executable)
     (tmp_path / "python3").symlink_to(python)
     with running(fresh, "--no-docker", PATH=f"{tmp_path}:{os.environ['PATH']}") as it:
@@ -267,6 +267,6 @@ def test_without_namespaces_it_links_into_opt_while_it_runs_and_replaces_only_de
     (tmp_path / "extensions").mkdir()
     with linking(wait=False) as it:
         assert it.wait(60) == 1
-        said = "cannot link into /opt; end the run that uses it, or use --docker, or root"
+        said = "cannot link into /opt; end the other run there, or use --docker, or run as root"
         assert f"{NAME}: {said}\n" in it.output
     assert os.listdir(tmp_path) == ["extensions"]

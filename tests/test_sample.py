@@ -26,7 +26,7 @@ def shared(start, sample):
 
 
 def curl(it):
-    """What the command that the run tells to try prints, and the status of the answer."""
+    """Runs the command that the run says to try; returns what it prints, and the status."""
     command = re.search("curl .*", it.output).group().replace("curl", tool("curl"), 1)
     answer, _, status = run("sh", "-c", f"{command} -w ' %{{http_code}}'").stdout.rpartition(" ")
     return answer, int(status)
@@ -79,7 +79,7 @@ def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared)
     else:
         commands = processes_of(sample).values()
     (extension,) = [each for each in commands if re.search(rf" /opt/(extensions/)?{NAME}", each)]
-    # The launcher has become it.
+    # The launcher has become the extension.
     assert re.search(rf"python3 -\S.* /opt/{NAME}/extension.py$", extension)
 
 

@@ -1,6 +1,6 @@
 """examples/ship_logs/: batches.py in the README's extension.py, and the whole example.
 
-The collectors are good and bad.
+Some collectors work, some fail.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ NOWHERE = "http://127.0.0.1:1/"
 
 
 def extension_with(extension, folder, code, settings=""):
-    """An extension with this code, and batches.py with settings over its own, such as "A = 1"."""
+    """An extension with this code, and batches.py with changed settings, such as "A = 1"."""
     changed = "".join(f"batches.{setting}\n" for setting in settings.split("; ") if setting)
     files = {"batches.py": BATCHES, "extension.py": f"import batches\n{changed}{code}"}
     return variant(extension, folder, files)
@@ -60,7 +60,7 @@ def events(*numbers, **more):
 
 
 def send(extension, url, events, seconds=20, **environment):
-    """Runs it for these events and a shutdown, within these seconds and little memory.
+    """Runs it with these events and a shutdown; it must take no more seconds, and little memory.
 
     Returns what it logged.
     """
@@ -112,7 +112,7 @@ def test_every_record_arrives_at_a_collector_that_first(failure, reason, batchin
 
 @pytest.mark.parametrize("failure, reason", FAILURES.values(), ids=FAILURES)
 def test_it_goes_on_with_a_collector_that_always(failure, reason, batching):
-    """It tries with the 100th record, and with the last one; if nothing comes, once more."""
+    """It tries at the 100th record, and at the last one; if it gets no answer, once more."""
     with Collector(failure) as collector:
         log = send(batching, collector.url, events(500))
     assert f"[{NAME}] Records not confirmed before the end: 501\n" in log
@@ -230,7 +230,7 @@ time.time = lambda: real_time() + passed
 
 
 def test_connections_that_hang_do_not_stop_it_after_a_freeze(extension, tmp_path):
-    """A freeze lets the clock on the wall go on, and no time limit of a connection."""
+    """During a freeze the wall clock goes on, but no time limit of a connection does."""
     code = CLOCK + README.replace(
         "    batches.add", "    global passed; passed += 60\n    batches.add"
     )
@@ -319,7 +319,7 @@ class TelemetryApi(ExtensionsApiServer):
             return client.recv(1000)
 
     def deliver(self, records):
-        """Posts records to the extension, or bytes as they are."""
+        """Posts records to the extension as JSON, or bytes as they are."""
         body = records if isinstance(records, bytes) else json.dumps(records).encode()
         post(self.destination, body)
 
@@ -346,7 +346,7 @@ def test_every_record_of_a_thousand_invocations_arrives(shipping):
 
     def invocation(number):
         def deliver(connection):
-            """Some of the records before the event, the others after it.
+            """Delivers some of the records before the event, the others after it.
 
             Every second time they are out of order.
             """
@@ -394,7 +394,7 @@ def test_records_say_which_function_and_invocation_they_are_from(shipping):
     assert [json.loads(record["record"]) for record in unreadable] == odd[:5]
 
 
-# What Lambda may send of an invocation instead of its end.
+# What Lambda may send instead of the end of an invocation.
 CUT = json.dumps(records_of(0, more="x" * 100)).encode()
 LOSSES = {
     "a record cut into two requests": [CUT[:150], CUT[150:]],
@@ -500,7 +500,7 @@ def test_the_end_of_an_invocation_is_noticed_without_polling(shipping):
 
 
 def context_switches(pid):
-    """How often the threads of a process have waited, except for the server's that listens."""
+    """How often the threads of a process have waited."""
     switches = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         counts = re.findall(r"\nvoluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text())

@@ -15,8 +15,8 @@ import time
 
 from lifecycle import fail_with, log
 
-# A batch is sent at the end of an invocation, if BATCH_RECORDS are waiting, or the batch before
-# began BATCH_SECONDS ago. In a long invocation, one is sent after BATCH_SECONDS, too.
+# At the end of an invocation, a batch is sent if BATCH_RECORDS are waiting, or if the previous
+# batch began BATCH_SECONDS ago. In a long invocation, one is sent after BATCH_SECONDS, too.
 BATCH_RECORDS = 100
 BATCH_SECONDS = 10
 
@@ -39,7 +39,7 @@ SHUTDOWN_MARGIN_SECONDS = 0.1
 
 # A request fails when no byte of the response arrives within this time. That timeout stands still
 # while Lambda freezes the environment, and does not cover DNS. So a sender that has had no answer
-# for a second longer, by the wall clock, is replaced by another one.
+# for a second more than this time, by the wall clock, is replaced by another one.
 TIMEOUT_SECONDS = 5
 
 # How many replaced senders may still hang. Each of them keeps a thread, and a request.
@@ -50,11 +50,11 @@ SENT = "sent"
 REFUSED = "refused"
 FAILED = "failed"
 
-# With these, a collector objects to what a request contains. After any other status that is not
-# 2xx, the same request may succeed later.
+# With these statuses, a collector objects to what a request contains. After any other status that
+# is not 2xx, the same request may succeed later.
 REFUSING_STATUSES = (400, 413, 422)
 
-encode = json.JSONEncoder(allow_nan=False).encode  # NaN is no JSON
+encode = json.JSONEncoder(allow_nan=False).encode  # NaN is not JSON
 
 
 class Batches:
@@ -70,18 +70,18 @@ class Batches:
         self._changed = threading.Condition()  # also the lock of all that follows
         self._waiting = collections.deque()  # JSON texts, the oldest first
         self._waiting_bytes = 0
-        self._timer_ends = 0.0  # when they have waited BATCH_SECONDS, by the monotonic clock
-        self._batch = collections.deque()  # the texts that are being sent, older than the waiting
+        self._timer_ends = 0.0  # when a batch is due, by the monotonic clock
+        self._batch = collections.deque()  # the texts being sent, older than those waiting
         self._batch_began = time.time()
-        self._last_answer = time.time()  # to this batch; at first, when it began
+        self._last_answer = time.time()  # to this batch; before the first one, when it began
         self._last_success = time.time()  # likewise
-        self._has_failed = False  # the batch before
+        self._has_failed = False  # whether the previous batch has
         self._sender = None  # a thread
-        self._replaced_senders = []  # those threads that may still hang
-        # Since the last lines in the log:
+        self._replaced_senders = []  # threads that may still hang
+        # Counted since the log last reported them:
         self._dropped = 0
         self._refused = 0
-        self._refusal = ""  # the reason
+        self._refusal = ""  # the reason for the last refusal
 
     def start(self) -> None:
         """Reads COLLECTOR_URL and COLLECTOR_TOKEN, and starts the sender. Call this in init().
@@ -95,7 +95,7 @@ class Batches:
         self._start_sender()
 
     def request(self, texts: list[str]) -> tuple[bytes, dict[str, str]]:
-        """Returns body and headers of the request that sends these records, which are JSON texts.
+        """Returns the body and the headers of a request that sends these records (JSON texts).
 
         Override this for another format. An exception here is a bug, and ends the extension.
         """
@@ -155,7 +155,7 @@ class Batches:
 
     def _send_everything(self, seconds):
         end = time.monotonic() + seconds
-        # A batch from before may hang. Then another sender takes it over, with all other records.
+        # An earlier batch may hang. Then another sender takes it over, with all other records.
         while self._batch and time.monotonic() < end:
             patience = PATIENCE_SECONDS - seconds_since(self._last_answer)
             if patience <= 0:
@@ -172,7 +172,7 @@ class Batches:
         self._log_losses()
 
     def _wait_for_batch(self, seconds):
-        """Waits until this batch has been sent, failed, or been taken away, or the time is over."""
+        """Waits until this batch is sent, has failed or is taken away, or until the time is up."""
         batch = self._batch
         self._changed.wait_for(lambda: not batch or batch is not self._batch, max(0, seconds))
 
@@ -183,7 +183,7 @@ class Batches:
         """Lets the sender begin a batch after BATCH_SECONDS, if nobody else has begun one.
 
         The monotonic clock stands still while Lambda freezes the environment. That is intended: the
-        next invocation shall send these records at its end, together with its own.
+        next invocation is to send these records at its end, together with its own.
         """
         self._timer_ends = time.monotonic() + BATCH_SECONDS
         self._changed.notify_all()
@@ -246,7 +246,7 @@ class Batches:
     def _run_sender(self):
         try:
             self._send_batches()
-        except BaseException as error:  # a bug in request() ends the extension, as one in process()
+        except BaseException as error:  # a bug in request() is treated like one in process()
             fail_with(error)
 
     def _send_batches(self):
@@ -254,8 +254,8 @@ class Batches:
         import requests  # imported only here, so that the extension registers sooner
 
         session = requests.Session()
-        # Otherwise requests reads the body of a redirection, of any size, although it does not
-        # follow it.
+        # Otherwise the requests library reads the body of a redirect, of any size, even though it
+        # does not follow the redirect.
         session.get_redirect_target = lambda resp: None
         me = threading.current_thread()
         while True:
@@ -304,8 +304,8 @@ class Batches:
         """Sends records; returns SENT, REFUSED or FAILED, and the reason (str)."""
         body, headers = self.request(texts)
         try:
-            # A connection of its own, because one that was kept is dead after a freeze. The body of
-            # the response is not read, because it may be of any size.
+            # Each request gets a connection of its own, because one that was kept is dead after a
+            # freeze. The body of the response is not read, because it may be of any size.
             with session.post(
                 self.url,
                 data=body,
@@ -316,7 +316,7 @@ class Batches:
             ) as response:
                 status = response.status_code
         except Exception as error:  # HTTP clients raise more than they document
-            return FAILED, type(error).__name__  # not its text: that has the URL, perhaps a token
+            return FAILED, type(error).__name__  # its text has the URL, perhaps with a token
         if 200 <= status < 300:
             return SENT, f"status {status}"
         if status in REFUSING_STATUSES:
@@ -337,7 +337,7 @@ def beginning_of(batch, size):
 
 
 def seconds_since(moment):
-    """Returns the time since a moment of the wall clock, or infinity if that was set back since.
+    """Returns the time since a moment of the wall clock, or infinity if it has been set back.
 
     time.monotonic() would stand still while Lambda freezes the environment.
     """

@@ -37,7 +37,7 @@ def init() -> None:
     batches.start()
     server = Server(("", 0), Receiver)
     subscription = {
-        # The schema that Managed Instances know, too.
+        # The version of the schema that works on Managed Instances, too.
         "schemaVersion": "2025-01-29",
         # Not "extension": what this extension logs would come back to it.
         "types": ["platform", "function"],
@@ -55,15 +55,15 @@ def init() -> None:
     if status == 200:
         threading.Thread(target=server.serve_forever).start()
         telemetry.is_subscribed = True
-    else:  # AWS's emulator answers 202, others 404
+    else:  # AWS's emulator answers 202, other emulators 404
         server.server_close()
-        log(f"Ships no logs: the Telemetry API is not supported here, or refuses: {status}")
+        log(f"Ships no logs: there is no Telemetry API here, or it refuses: {status}")
 
 
 def process(event: dict) -> None:
     """Waits until the function has finished, and sends what is due.
 
-    Otherwise Lambda may freeze the environment before the records have been sent.
+    If it did not wait, Lambda could freeze the environment before the records have been sent.
     """
     if telemetry.is_subscribed:
         if event["eventType"] == SHUTDOWN:
@@ -74,13 +74,13 @@ def process(event: dict) -> None:
 
 
 class Telemetry:
-    """What the Telemetry API has said. The receiver's thread takes it, process() waits for it."""
+    """What the Telemetry API has said. The receiver's thread takes it; process() waits for it."""
 
     def __init__(self):
         self.is_subscribed = False
         self._changed = threading.Condition()  # also the lock of all that follows
         self._is_closed = False  # nothing more is taken
-        self._request_id = None  # of the invocation that has started last
+        self._request_id = None  # of the invocation that started last
         self._ended = collections.deque(maxlen=100)  # the request IDs of invocations
         self._is_incomplete = False  # something was lost since the last wait
         self._last_arrival = 0.0
@@ -89,7 +89,7 @@ class Telemetry:
     def take(self, body):
         """Takes the body of a request (bytes), a JSON array, and passes its records on.
 
-        Returns whether it did: after SHUTDOWN it does not, once it is too late to send them.
+        Returns whether it did. It does not when, after SHUTDOWN, it is too late to send them.
         """
         with self._changed:
             if self._is_closed:
@@ -107,7 +107,7 @@ class Telemetry:
                 # A record that is too long is split across two bodies, for example:
                 # https://github.com/DataDog/datadog-lambda-extension/issues/1357
                 texts = [unreadable(body.decode(errors="replace"))[:-1] + self._origin]
-                self._note_loss(f"Telemetry that is not JSON, and shipped as text: {error}")
+                self._note_loss(f"Telemetry that is not JSON is shipped as text: {error}")
             batches.add_texts(texts)
             self._changed.notify_all()
             return True
@@ -136,7 +136,7 @@ class Telemetry:
     def wait_for_end_of(self, request_id, deadline):
         """Waits until the function has finished an invocation, if that can be known.
 
-        It cannot when telemetry was lost, or does not even say that the invocation has started.
+        It is not known if telemetry was lost, or does not even say that the invocation has started.
         """
         begin = time.monotonic()
         end = begin + deadline - time.time() - MARGIN_SECONDS
@@ -155,7 +155,7 @@ class Telemetry:
                 self._ended.remove(request_id)  # a retry has the same ID
 
     def wait_for_the_last(self):
-        """Waits until nothing arrives any more, and lets nothing arrive afterwards."""
+        """Waits until nothing more arrives; what arrives later is not taken."""
         begin = time.monotonic()
         end = begin + LAST_TELEMETRY_SECONDS
         with self._changed:
@@ -170,7 +170,7 @@ class Telemetry:
 
 
 class Server(socketserver.TCPServer):
-    """Handles one request at a time, so that Lambda waits while batches has no room.
+    """Handles one request at a time, so that Lambda waits while there is no room in batches.
 
     It is not an HTTPServer, which would ask DNS for the name of this machine.
     """
@@ -178,7 +178,7 @@ class Server(socketserver.TCPServer):
     request_queue_size = 100
 
     def handle_error(self, request, client_address):
-        """Says in one line that a request has failed, instead of a traceback."""
+        """Says in one line, instead of a traceback, that a request has failed."""
         telemetry.report_loss(f"Telemetry that did not arrive: {sys.exc_info()[1]!r}")
 
 
@@ -202,15 +202,15 @@ class Receiver(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_error(self, format, *args):
-        """Says in one line that a request is not HTTP, or did not come to its end in time."""
+        """Says in one line that a request is not HTTP, or did not arrive in full and in time."""
         telemetry.report_loss(f"Telemetry that did not arrive: {format % args}")
 
 
 def records_in(text):
     """Yields the records of a JSON array, each with its own text.
 
-    That is quicker than to parse the array and make texts again. Raises ValueError, LookupError or
-    RecursionError where it is not JSON.
+    That is quicker than parsing the array and making texts again. Raises ValueError, LookupError or
+    RecursionError if the text is not such an array.
     """
     text = text.strip()
     if not text.startswith("["):
@@ -232,7 +232,7 @@ def records_in(text):
 
 
 def refuse(constant):
-    """Refuses NaN and infinity, which Python takes for JSON, and few collectors."""
+    """Refuses NaN and infinity, which Python takes for JSON, but few collectors do."""
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -253,7 +253,7 @@ def origin_of_records(request_id):
         "function": os.environ.get("AWS_LAMBDA_FUNCTION_NAME"),
         "version": os.environ.get("AWS_LAMBDA_FUNCTION_VERSION"),
     }
-    if not runs_on_managed_instances():  # where the records of many invocations come together
+    if not runs_on_managed_instances():  # there, records of many invocations arrive together
         origin["requestId"] = request_id
     return f", {json.dumps(origin)[1:]}"
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT-0
 #
-# Tries this example: runs the sample with it, invokes the function, and shows what a collector gets
-# that runs in the same container. It takes the options of the sample's own run script.
+# Tries this example: runs the sample with it, invokes the function, and shows what a collector in
+# the same container gets. This script takes the options of the sample's own run script.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -30,7 +30,7 @@ def lambda_handler(event, context):
     return "Hello from Lambda!"
 END
 
-# Of the emulator, only its mode for Managed Instances has a Telemetry API.
+# The emulator has a Telemetry API only in its mode for Managed Instances.
 export AWS_LAMBDA_MAX_CONCURRENCY=1
 "$copy/$name.sh" --docker -e COLLECTOR_URL=http://127.0.0.1:9000 "$@" &
 run=$!
@@ -49,5 +49,5 @@ until curl --silent --fail --output /dev/null -H 'Content-Type: application/json
     kill -0 "$run" || exit 1
     sleep 1
 done
-echo "try.sh: The function was invoked. Within 10 seconds you see what the collector gets."
+echo "try.sh: The function was invoked. Within 10 seconds, you will see what the collector gets."
 wait "$run"

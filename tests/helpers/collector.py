@@ -14,8 +14,8 @@ TOKEN = "secret"
 class Collector(ExtensionsApiServer):
     """Answers one batch after the other; the last answer repeats.
 
-    A judge is a function that gets the request and returns the answer instead. It keeps what it
-    was sent, whatever it answered.
+    A judge is a function that gets the request and returns the answer instead. The collector
+    keeps what it was sent, whatever it answered.
     """
 
     def __init__(self, *answers, judge=None):
@@ -44,13 +44,13 @@ def slow(connection):
 
 
 def deaf(connection):
-    """Answers this request, and no other one on the same connection, as after a freeze."""
+    """Answers this request, but no further one on the same connection, as after a freeze."""
     connection.sendall(answer())
     time.sleep(60)
 
 
 def drips(start):
-    """Gives an answer with that start (bytes) and no end, a byte from time to time."""
+    """Sends an answer that starts with these bytes and never ends, a byte from time to time."""
 
     def drip(connection):
         connection.sendall(start)
@@ -61,7 +61,7 @@ def drips(start):
     return drip
 
 
-# Some hundred kilobytes that are 200 megabytes for those who read them.
+# A few hundred kilobytes, which become 200 megabytes when they are unpacked.
 BOMB = {
     "body": gzip.compress(bytes(2_000_000)) * 100,
     "Content_Encoding": "gzip",
@@ -76,7 +76,7 @@ SUCCESSES = {
     "drips the body of its answer": drips(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"),
     "answers with a bomb": answer(200, **BOMB),
 }
-# What it does with others, and the reason in the log.
+# What it does with a batch that it has not taken, and the reason that the log then gives.
 FAILURES = {
     **{
         f"answers {status}": (answer(status), f"status {status}")
@@ -126,7 +126,7 @@ def as_elasticsearch(request):
     for action, document in zip(lines[::2], lines[1::2], strict=True):
         if json.loads(action) != {"create": {}}:
             return answer(400)
-        # A data stream demands the first, and one type for each field.
+        # A data stream demands the action "create", and one type for each field.
         fields = json.loads(document)
         if not isinstance(fields["message"], str):
             return answer(400)

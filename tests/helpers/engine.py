@@ -9,7 +9,7 @@ from machine import ROOT, missing, run, tool
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DEFAULT_BASE_IMAGE = re.search("(?m)^ARG BASE_IMAGE=(.*)$", DOCKERFILE).group(1)
 BASE_IMAGE = os.environ.get("BASE_IMAGE", DEFAULT_BASE_IMAGE)
-# On CI more than one, such as "debian:bookworm debian:trixie".
+# On CI there is more than one, such as "debian:bookworm debian:trixie".
 BASE_IMAGES = os.environ.get("BASE_IMAGES", BASE_IMAGE).split()
 TEST_IMAGE = f"sample-test-{os.getpid()}"  # the name of the images that this process builds
 

@@ -92,8 +92,8 @@ class _Connection(socketserver.StreamRequestHandler):
 class ExtensionsApiServer(socketserver.ThreadingTCPServer):
     """Answers each request with the next of the answers for its kind.
 
-    These are `register` for registrations, `events` for requests for events, and 202 for reports.
-    The last answer of each repeats. It keeps the requests.
+    These are `register` for registrations, `events` for requests for events, and `report` for
+    reports. The last answer of each kind repeats. The server keeps the requests.
     """
 
     daemon_threads = True

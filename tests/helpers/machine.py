@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "tests" / "programs"
 TOOLS = ROOT / ".venv" / "tools" / "bin"
-# The number of this process.
+# The number of this worker of pytest-xdist.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # The AWS CLI and the SDKs require these even for localhost.
 CREDENTIALS = {
@@ -27,14 +27,15 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "any",
     "AWS_DEFAULT_REGION": "eu-central-1",
 }
-# For the tests of the Daemon alone. The workers of pytest-xdist inherit the environment.
+# Kept for the tests of the Daemon, and out of all others' way. The workers of pytest-xdist inherit
+# the environment.
 DAEMON = os.environ.setdefault("DAEMON_OF_TESTS", os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", ""))
 
 
 def missing(what):
     """Skips the test because this machine lacks something; on CI, fails it."""
     if os.environ.get("CI"):
-        pytest.fail(f"{what}, which CI must have")
+        pytest.fail(f"{what}, but CI must have it")
     pytest.skip(what)
 
 
@@ -55,7 +56,7 @@ def yaml_documents(file):
 def real_daemon():
     """The path of the Lambda Runtime API Daemon, which has no package.
 
-    Skips the test if it is not named.
+    Skips the test if no path is given.
     """
     remedy = "LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon"
     return DAEMON or pytest.skip(f"no Daemon: {remedy}")
@@ -69,7 +70,7 @@ def need_namespaces():
     """
     unshare = "unshare --mount --pid --fork"
     if run("sh", "-c", f"{unshare} true || {unshare} --map-root-user true").returncode != 0:
-        pytest.skip("this machine, or this container, has no namespaces")
+        pytest.skip("this machine, or this container, refuses namespaces")
 
 
 def run(*command, **options):
@@ -82,13 +83,13 @@ class Logged(subprocess.Popen):
     """A process whose output and error output can be read while it runs."""
 
     def __init__(self, command, **options):
-        # Two, because Docker would mix lines in one.
+        # Two files, because Docker would mix the lines in one.
         self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         out, err = self._files
         super().__init__([*map(str, command)], stdout=out, stderr=err, **options)
 
     def __exit__(self, *error):
-        self.kill()  # it may still run, also when its test has failed, and would be waited for
+        self.kill()  # or the next line would wait for it, for example after a failed test
         super().__exit__(*error)
 
     out = property(lambda self: Path(self._files[0].name).read_text())
@@ -106,7 +107,7 @@ def wait_until(condition, seconds=20):
 
 
 def free_port():
-    """A free port that no outgoing connection takes before it is used, nor another worker."""
+    """A free port, which no outgoing connection and no other worker takes before it is used."""
     while True:
         port = 10_000 + 10 * random.randrange(2_000) + WORKER  # below the ephemeral ones
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):

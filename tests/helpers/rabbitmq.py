@@ -1,4 +1,4 @@
-"""A real RabbitMQ, the one of examples/compose.yaml, and the example client of its functions."""
+"""A real RabbitMQ, the one of examples/compose.yaml, and the example client."""
 
 import contextlib
 import os

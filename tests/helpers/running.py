@@ -1,4 +1,4 @@
-"""The sample while it runs, in each way."""
+"""The sample while it runs, in each way to run it."""
 
 import contextlib
 import http.client
@@ -37,7 +37,7 @@ class Running(Logged):
     def invoke(self, event=None, function="function", timeout=30, **headers):
         """Invokes the function with that event.
 
-        Returns its answer, from JSON, or as text if it is no JSON.
+        Returns its answer, from JSON, or as text if it is not JSON.
         """
         url = f"{self.endpoint}/2015-03-31/functions/{function}/invocations"
         answer = post(url, json.dumps(event or {}).encode(), timeout, **headers).decode()
@@ -77,6 +77,7 @@ def running(
     user=None,
     host="127.0.0.1",
     port=None,
+    prefix=(),
     wait=True,
     **environment,
 ):
@@ -87,7 +88,8 @@ def running(
     if "--docker" not in arguments:
         need_namespaces()
     port = port or free_port()
-    command = [sample / script, "-p", port if host == "127.0.0.1" else f"{host}:{port}", *arguments]
+    place = port if host == "127.0.0.1" else f"{host}:{port}"
+    command = [*(prefix or [sample / script]), "-p", place, *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     options = {
         "cwd": "/",
@@ -129,7 +131,7 @@ def start(request):
 
 @pytest.fixture(scope="session")
 def installed_sample(sample):
-    """That copy, after its first run without Docker."""
+    """The copy of the sample, after its first run without Docker."""
     with running(sample, "--no-docker"):
         return sample
 

@@ -1,4 +1,4 @@
-"""Copies of the sample, as a new user has it, and changed by a test."""
+"""Copies of the sample: as a new user has it, or changed by a test."""
 
 import shutil
 import tempfile
@@ -37,7 +37,7 @@ def replace(file, before, after, count=-1):
 def once(folder, statement):
     """A line of Python that executes the statement the first time only, in a container or here.
 
-    It needs os.
+    The file that gets this line must import os.
     """
     done = str(folder / "done")
     return f"if not os.path.exists({done!r}): os.makedirs({done!r}); {statement}\n"

@@ -1,6 +1,6 @@
 """An extension that does what it is told, in Python, by its events and its environment.
 
-It is for tests, as extension.py.
+It takes the place of extension.py in tests.
 """
 
 import json

@@ -1,5 +1,5 @@
-# For machines that cannot pull RabbitMQ's image. As in it, the server runs as user rabbitmq, and
-# health checks as root.
+# For machines that cannot pull RabbitMQ's image. As in that image, the server runs as user
+# rabbitmq, and health checks run as root.
 ARG BASE_IMAGE
 FROM ${BASE_IMAGE}
 RUN apt-get update && apt-get install -y --no-install-recommends rabbitmq-server

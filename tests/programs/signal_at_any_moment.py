@@ -1,7 +1,7 @@
-"""Sends the extension in the folder of its argument SIGTERM at any moment.
+"""Sends SIGTERM to an extension, whose folder is the argument, at any moment.
 
-These are the moments between its first event and its second. At each of its lines, and in each
-function that these call, a fork gets the signal. Prints how each of them ended, as JSON:
+These are the moments between its first event and its second. At each line of the extension, and in
+each function that a line calls, a fork gets the signal. Prints how each fork ended, as JSON:
 {"file:line what": "exit status, events got"}.
 """
 
@@ -28,8 +28,8 @@ def trace(frame, what, argument):
     if pid == 0:
         sys.settrace(None)
         got.append(writer)
-        # A fork ends by its own signals, and asks for no event. But this one stands for its parent,
-        # and must not tell it.
+        # A fork usually ends at a signal as any program does, and asks for no event. This one
+        # stands for its parent, so it handles the signal, but must not tell the parent's watchdog.
         lifecycle.signals.is_fork = False
         lifecycle.signals.limit_time = lambda order: None
         signal.signal(signal.SIGTERM, handler)

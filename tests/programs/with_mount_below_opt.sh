@@ -1,5 +1,5 @@
 #!/bin/sh -e
-# Runs $SCRIPT where something is mounted below /opt: by root, or by the user $AS if this is root.
+# Runs $SCRIPT where something is mounted below /opt. If $AS is set, root runs $SCRIPT as that user.
 if [ -z "$MOUNTED" ]; then
     export MOUNTED=yes
     if [ "$(id -u)" = 0 ]; then

@@ -1,4 +1,4 @@
-"""Prints the documents of a YAML file as a list in JSON. It needs PyYAML, which the tools have."""
+"""Prints the documents of a YAML file as a list in JSON. It needs PyYAML, which .venv/tools has."""
 
 import json
 import sys
