@@ -22,7 +22,7 @@ from extensions_api_server import (
     reset,
 )
 from machine import PROGRAMS, free_port, run, wait_until
-from sample import NAME
+from sample import NAME, RECEIVED
 
 NOT_TODAY = {"errorType": "Extension.SomeReason", "errorMessage": "not today"}
 
@@ -482,7 +482,7 @@ def test_a_child_process_that_returns_from_your_code(obedient):
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_child_processes_of_multiprocessing(extension, tmp_path, method):
-    code = extension.read_text().replace('f"Received event: {json.dumps(event)}"', "children()")
+    code = extension.read_text().replace(f'f"{RECEIVED}: {{json.dumps(event)}}"', "children()")
     children = [
         "import multiprocessing, time",
         "def sleep(): time.sleep(60)",

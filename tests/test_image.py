@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from engine import BASE_IMAGES, build
 from machine import free_port, missing, post, run, wait_until
-from pages import code_blocks
+from pages import PAGES, code_blocks
 from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
 
 ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
-(COPY,) = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
+STAGE, COPY = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
 RENAMED = "renamed-extension"
 
 
@@ -116,11 +116,25 @@ def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
         assert not re.findall(r"(?m)^# code object from (?!'?/\S+\.pyc)\S+", trace)
 
 
-def test_the_extension_runs_in_another_image(image, tmp_path):
-    copy = COPY.replace(f"--from={NAME}", f"--from={image}")
-    lines = f"FROM {image}\nUSER root\nRUN rm -r /opt/*\n{copy}USER 12345\n"
-    (tmp_path / "Dockerfile").write_text(lines)
-    runs(build(tmp_path, "own", image))
+@pytest.mark.slow
+def test_a_stage_of_its_own_brings_the_extension_into_another_image(copy, base_image, image):
+    for path in copy.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    stage = STAGE.replace("debian:bookworm", base_image)
+    last = f"FROM {image}\nUSER root\nRUN rm -r /opt/*\n{COPY}USER 12345\n"
+    (copy / "Dockerfile").write_text(f"{stage}\n{last}")
+    (copy / ".dockerignore").unlink()
+    runs(build(copy, "own", base_image))
+
+
+@pytest.mark.slow
+def test_the_function_may_be_a_package(copy, base_image):
+    (copy / "app").mkdir()
+    (copy / "lambda_function.py").rename(copy / "app" / "main.py")
+    (line,) = re.findall(r"`(COPY app \S+)`", PAGES["README.md"])
+    replace(copy / "Dockerfile", "COPY *.py .${LAMBDA_TASK_ROOT}/", line)
+    replace(copy / "Dockerfile", "lambda_function.lambda_handler", "app.main.lambda_handler")
+    runs(build(copy, "package", base_image))
 
 
 def test_an_edit_of_code_installs_no_dependency_again(copy, base_image):

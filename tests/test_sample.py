@@ -134,9 +134,9 @@ def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, eval
 
 
 def test_renamed_files_and_one_line_make_it_another_extension(start, copy):
-    rename(copy, "my-extension")
-    replace(copy / "my-extension" / "extension.py", RECEIVED, "My own code got")
-    with start(copy, script="my-extension.sh") as it:
+    rename(copy, "my-own-extension")
+    replace(copy / "my-own-extension" / "extension.py", RECEIVED, "My own code got")
+    with start(copy, script="my-own-extension.sh") as it:
         assert it.invoke() == HELLO
-        wait_until(lambda: "[my-extension] My own code got: " in it.output)
+        wait_until(lambda: "[my-own-extension] My own code got: " in it.output)
         assert NAME not in it.output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from machine import PROGRAMS, ROOT, Logged, run
-from sample import NAME
+from sample import NAME, RECEIVED
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
 PYTHON = [sys.executable, *re.search("(?m)^exec python3 (.*) ", LAUNCHER).group(1).split()]
@@ -20,7 +20,7 @@ class ExtensionProcess(Logged):
     @property
     def received(self):
         """The types of the events that process() got."""
-        return re.findall(r'Received event: {"eventType": "(\w+)"', self.out)
+        return re.findall(rf'{RECEIVED}: {{"eventType": "(\w+)"', self.out)
 
 
 def started(extension, api, prefix=(), **environment):
