@@ -1,6 +1,8 @@
-"""What the tests install once, for all their processes and runs, below .venv."""
+"""What the tests download and install once, for all their processes and runs: .venv/cache."""
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -12,79 +14,78 @@ from pathlib import Path
 from machine import ROOT, run
 
 CACHE = ROOT / ".venv" / "cache"
-NAME = next(ROOT.glob("*/extension.py")).parent.name
-LOCK_FILES = [
+(EXTENSION,) = ROOT.glob("*/extension.py")
+PINS = [
     ROOT / "requirements.txt",
-    ROOT / NAME / "requirements.txt",
+    EXTENSION.with_name("requirements.txt"),
     ROOT / "scripts" / "requirements-rie.txt",
 ]
+PIP_INSTALL = ROOT / "scripts" / "pip_install.py"
 
 
-def key(*files):
-    """A name for what is made from these files by this Python."""
-    contents = f"{platform.machine()} {sys.version}".encode()
-    for file in files:
-        contents += file.read_bytes()
-    return hashlib.sha256(contents).hexdigest()[:16]
-
-
-def made_once(name, make):
-    """The path of that name in the cache, which make(path) makes if it is not there yet."""
+@contextlib.contextmanager
+def locked(name="lock"):
+    """Lets one process of the tests at a time do what is in the with block."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:
+    with open(CACHE / name, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (CACHE / name).exists():
+        yield
+
+
+def made_once(kind, make, *files):
+    """The folder of that kind, which make(folder) makes once for each content of the files."""
+    key = f"{platform.machine()} {sys.version}".encode()
+    for file in files:
+        key += file.read_bytes()
+    path = CACHE / f"{kind}-{hashlib.sha256(key).hexdigest()[:16]}"
+    with locked():
+        if not path.exists():
+            for outdated in CACHE.glob(f"{kind}-*"):
+                shutil.rmtree(outdated)
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                new = Path(folder) / name
+                new = Path(folder) / kind
                 make(new)
-                new.rename(CACHE / name)
-    return CACHE / name
+                new.rename(path)
+    return path
 
 
-def wheels():
-    """The folder with all wheels that the sample installs."""
+@functools.cache
+def pip_settings():
+    """The variables with which pip takes the wheels that the tests have downloaded once."""
 
     def download(folder):
-        requirements = [word for file in LOCK_FILES for word in ("--requirement", file)]
-        options = "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"
-        pip = "python3", "-m", "pip", "download", "--disable-pip-version-check"
-        downloaded = run(*pip, *options, "--dest", folder, *requirements)
+        pins = [word for file in PINS for word in ("--requirement", file)]
+        options = "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"
+        pip = "python3", "-m", "pip", "download", *options, "--only-binary", ":all:"
+        downloaded = run(*pip, "--dest", folder, *pins)
         assert downloaded.returncode == 0, downloaded.stderr
 
-    return made_once(f"wheels-{key(*LOCK_FILES)}", download)
-
-
-def pip_settings():
-    """The variables with which pip takes those wheels, and asks no index."""
-    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels().as_uri()}
+    wheels = made_once("wheels", download, *PINS)
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
 
 
 def extension_packages():
-    """A folder with the extension's dependencies."""
-    lock_file = LOCK_FILES[1]
+    """The folder with the extension's dependencies."""
+    settings = pip_settings()
 
     def install(folder):
-        options = "--quiet", "--target", folder
-        installer = ROOT / "scripts" / "pip_install.py"
-        installed = run(installer, lock_file, *options, env=os.environ | pip_settings())
+        command = PIP_INSTALL, PINS[1], "--quiet", "--target", folder
+        installed = run(*command, env=os.environ | settings)
         assert installed.returncode == 0, installed.stderr
 
-    wheels()  # before the lock is taken again
-    return made_once(f"extension-{key(lock_file)}", install)
+    return made_once("extension", install, PINS[1])
+
+
+def copy_installed(sample):
+    """Gives that copy what the first run without Docker of another one has installed."""
+    for kept in CACHE.glob("installed-*"):
+        name = kept.name.removeprefix("installed-")
+        shutil.copytree(kept, sample / ".run" / name, symlinks=True, dirs_exist_ok=True)
 
 
 def keep_installed(sample):
-    """Keeps in the cache what the first run of that copy has installed, and links to it."""
-    (installed,) = sample.glob(f".run/{NAME}-*")
-    made_once(f"installed-{installed.name}", lambda folder: shutil.move(installed, folder))
-    if not installed.is_symlink():
-        shutil.rmtree(installed, ignore_errors=True)
-        installed.symlink_to(CACHE / f"installed-{installed.name}")
-
-
-def link_installed(sample):
-    """Lets that copy find what the first run of any copy has installed."""
-    for installed in CACHE.glob("installed-*"):
-        link = sample / ".run" / installed.name.removeprefix("installed-")
-        link.parent.mkdir(mode=0o700, exist_ok=True)
-        link.symlink_to(installed)
+    """Keeps what the first run of that copy has installed, in place of what was kept before."""
+    for kept in CACHE.glob("installed-*"):
+        shutil.rmtree(kept)
+    (installed,) = sample.glob(f".run/{EXTENSION.parent.name}-*")
+    shutil.copytree(installed, CACHE / f"installed-{installed.name}", symlinks=True)

@@ -6,8 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import cache
 import pytest
-from machine import PROGRAMS, ROOT, Logged, run
+from machine import PROGRAMS, ROOT, Logged
 from sample import NAME, RECEIVED
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
@@ -51,10 +52,7 @@ def variant(extension, folder, files):
 @pytest.fixture(scope="session")
 def extension(folder):
     """The extension with its dependencies, in a folder of its name."""
-    target, requirements = folder / NAME, ROOT / NAME / "requirements.txt"
-    pip = "python3", "-m", "pip", "install", "--quiet"
-    installed = run(*pip, "--target", target, "-r", requirements)
-    assert installed.returncode == 0, installed.stderr
+    target = Path(shutil.copytree(cache.extension_packages(), folder / NAME))
     for source in (ROOT / NAME).glob("*.py"):
         shutil.copy(source, target)
     return target / "extension.py"

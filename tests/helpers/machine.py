@@ -59,24 +59,36 @@ def real_daemon():
     Skips the test if no path is given.
     """
     remedy = "LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon"
-    return DAEMON or pytest.skip(f"no Daemon: {remedy}")
+    return os.path.abspath(DAEMON) if DAEMON else pytest.skip(f"no Daemon: {remedy}")
 
 
 @functools.cache
 def need_namespaces():
-    """Skips the test where namespaces are refused.
+    """Skips the test where namespaces are refused; on CI, fails it.
 
     Without them two runs would get in each other's way in /opt.
     """
     unshare = "unshare --mount --pid --fork"
     if run("sh", "-c", f"{unshare} true || {unshare} --map-root-user true").returncode != 0:
-        pytest.skip("this machine, or this container, refuses namespaces")
+        missing("this machine, or this container, refuses namespaces")
 
 
-def run(*command, **options):
-    """Runs a command to its end and returns its CompletedProcess, with the output as text."""
+def run(*command, timeout=240, **options):
+    """Runs a command to its end and returns its CompletedProcess, with the output as text.
+
+    After the timeout, in seconds, it is killed, and the test fails with its output.
+    """
     words = [str(word) for word in command]
-    return subprocess.run(words, check=False, capture_output=True, text=True, **options)
+    options |= {"capture_output": True, "text": True}
+    try:
+        return subprocess.run(words, check=False, timeout=timeout, **options)
+    except subprocess.TimeoutExpired as error:
+        said = [text.decode(errors="replace") for text in (error.stdout, error.stderr) if text]
+        pytest.fail("\n".join([str(error), *said]))
+
+
+# What a test has started ends with the tests, even if these are killed: it then gets a SIGTERM.
+END_WITH_TESTS = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
 class Logged(subprocess.Popen):
@@ -86,7 +98,8 @@ class Logged(subprocess.Popen):
         # Two files, because Docker would mix the lines in one.
         self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         out, err = self._files
-        super().__init__([*map(str, command)], stdout=out, stderr=err, **options)
+        words = [*END_WITH_TESTS, *map(str, command)]
+        super().__init__(words, stdout=out, stderr=err, **options)
 
     def __exit__(self, *error):
         self.kill()  # or the next line would wait for it, for example after a failed test

@@ -32,10 +32,12 @@ def rabbitmq(engine):
     (image,) = re.findall(r"image: (rabbitmq\S+)", (ROOT / "examples" / "compose.yaml").read_text())
     commands = ["image", "inspect"], ["pull"]
     if all(run("docker", *command, image).returncode != 0 for command in commands):
-        build(ROOT, image, first_base_image(), "--file", PROGRAMS / "rabbitmq.Dockerfile")
+        # Under a name of its own, so that nobody takes it for the official image.
+        dockerfile = "--file", PROGRAMS / "rabbitmq.Dockerfile"
+        image = build(ROOT, "sample-test-rabbitmq:kept", first_base_image(), *dockerfile)
     user = f"--env=RABBITMQ_DEFAULT_USER={USERNAME}", f"--env=RABBITMQ_DEFAULT_PASS={PASSWORD}"
     container = run("docker", "run", "--rm", "--detach", *user, image).stdout.strip()
-    address = "{{.NetworkSettings.IPAddress}}"
+    address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
     host = run("docker", "inspect", "--format", address, container).stdout.strip()
 
     def is_up():

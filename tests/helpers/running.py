@@ -10,6 +10,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import cache
 import pytest
 from engine import first_base_image
 from machine import PROGRAMS, Logged, free_port, need_namespaces, post, run, wait_until
@@ -88,6 +89,7 @@ def running(
     if "--docker" not in arguments:
         need_namespaces()
     port = port or free_port()
+    settings = {} if "--docker" in arguments else cache.pip_settings()
     place = port if host == "127.0.0.1" else f"{host}:{port}"
     command = [*(prefix or [sample / script]), "-p", place, *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
@@ -95,12 +97,17 @@ def running(
         "cwd": "/",
         "stdin": subprocess.DEVNULL,
         "start_new_session": True,
-        "env": os.environ | environment,
+        "env": os.environ | settings | environment,
     }
-    with Running(command, host, port, **options, **identity) as it:
+    lock = contextlib.ExitStack()
+    if wait and "--no-docker" not in arguments:
+        # All copies build an image of one name: one at a time, until it runs what it has built.
+        lock.enter_context(cache.locked("docker"))
+    with lock, Running(command, host, port, **options, **identity) as it:
         try:
             if wait:
                 it.wait_until_ready()
+            lock.close()
             yield it
         finally:
             if it.poll() is None:
@@ -132,8 +139,15 @@ def start(request):
 @pytest.fixture(scope="session")
 def installed_sample(sample):
     """The copy of the sample, after its first run without Docker."""
-    with running(sample, "--no-docker"):
-        return sample
+    cache.pip_settings()  # before it needs the same lock
+    with cache.locked():
+        (sample / ".run").mkdir()  # other users' copies link to what it contains
+        cache.copy_installed(sample)
+        with running(sample, "--no-docker") as it:
+            has_installed = "installing" in it.output
+        if has_installed:
+            cache.keep_installed(sample)
+    return sample
 
 
 @pytest.fixture(scope="session")

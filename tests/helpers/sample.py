@@ -16,7 +16,7 @@ RECEIVED = "Received event"  # what process(event) logs
 def copy_sample(folder, sample=ROOT):
     """Copies the sample as git would check it out, with its uncommitted changes.
 
-    Copies share what a run installed.
+    What runs have installed is there in a copy of a copy.
     """
     ignore = shutil.ignore_patterns(".git", ".venv", ".run", "__pycache__", "*.pyc")
     copy = Path(shutil.copytree(sample, folder, ignore=ignore))
