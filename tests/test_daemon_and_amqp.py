@@ -34,13 +34,14 @@ def test_a_daemon_that_cannot_run_fails_with_one_line(sample, daemon):
 def test_the_daemon_replaces_the_emulator_on_loopback_and_its_path_may_be_relative(
     start, sample, stand_in
 ):
-    relative = os.path.relpath(stand_in, "/")  # the tests run the script from /
+    folder, relative = os.path.split(stand_in)
     settings = {"LAMBDA_RUNTIME_API_DAEMON": relative, "AWS_LAMBDA_MAX_CONCURRENCY": "4"}
-    with start(sample, **settings, **TIMEOUT) as it:
+    with start(sample, cwd=folder, **settings, **TIMEOUT) as it:
         told = it.invoke(function=NAME)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", it.port))
-        assert f"/functions/{NAME}/invocations" in it.output
+        url = f"http://127.0.0.1:{it.port}/2015-03-31/functions/{NAME}/invocations"
+        assert f"    curl -XPOST {url} -d " in it.output
     assert told["argv"][-1] == "lambda_function.lambda_handler"
     assert not [argument for argument in told["argv"] if argument.startswith("--")]
     options = "connection_attempts=1000000&retry_delay=10&heartbeat=10"

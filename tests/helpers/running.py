@@ -79,6 +79,7 @@ def running(
     host="127.0.0.1",
     port=None,
     prefix=(),
+    cwd="/",
     wait=True,
     **environment,
 ):
@@ -94,7 +95,7 @@ def running(
     command = [*(prefix or [sample / script]), "-p", place, *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     options = {
-        "cwd": "/",
+        "cwd": cwd,
         "stdin": subprocess.DEVNULL,
         "start_new_session": True,
         "env": os.environ | settings | environment,
