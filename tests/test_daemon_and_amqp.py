@@ -6,6 +6,7 @@ These are the client, Compose and Kubernetes.
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ import amqp_invoke as client
 import pika
 import pytest
 from engine import build, first_base_image
-from machine import ROOT, free_port, real_daemon, run, wait_until, yaml_documents
+from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until, yaml_documents
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
 from sample import HELLO, NAME, copy_sample, evaluate, once, replace
 
@@ -200,6 +201,162 @@ def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_sh
         # sh has ended the container, not Kubernetes.
         code = run("docker", "inspect", "--format", "{{.State.ExitCode}}", containers[1]).stdout
         assert int(code) == 128 + signal.SIGTERM
+
+
+EXAMPLES = ROOT / "examples"
+# How the Daemon stays connected, as the run script says it.
+PARAMETERS = re.search(r'parameters="(.*)"', (ROOT / f"{NAME}.sh").read_text()).group(1)
+
+
+def compose(*arguments, **environment):
+    """Runs Docker Compose, version 2 or 1, with the example and a broker that needs no registry."""
+    command = ["docker", "compose"]
+    if run(*command, "version").returncode != 0:
+        command = [tool("docker-compose")]
+    environment = os.environ | {"BASE_IMAGE": first_base_image()} | environment
+    return run(*command, *arguments, env=environment, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("missing_one", "said"),
+    [("AMQP_PASSWORD", "choose a password"), ("LAMBDA_RUNTIME_API_DAEMON", "its absolute path")],
+)
+def test_compose_asks_for_what_it_cannot_know(missing_one, said):
+    environment = {"AMQP_PASSWORD": "any", "LAMBDA_RUNTIME_API_DAEMON": "/any", missing_one: ""}
+    configured = compose("--file", EXAMPLES / "compose.yaml", "config", **environment)
+    assert configured.returncode != 0
+    assert said in configured.stderr
+
+
+@pytest.mark.slow
+def test_compose_confines_the_function_as_the_run_script_does_and_connects_it(
+    engine, rabbitmq_image, stand_in, tmp_path
+):
+    for port in 5672, 8080:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            pytest.skip(f"port {port} is in use")
+    broker = tmp_path / "broker.yaml"
+    broker.write_text(f"services: {{rabbitmq: {{image: '{rabbitmq_image}'}}}}\n")
+    project = "--project-name", f"sample-test-{os.getpid()}"
+    files = "--file", EXAMPLES / "compose.yaml", "--file", broker
+    environment = {"AMQP_PASSWORD": PASSWORD, "LAMBDA_RUNTIME_API_DAEMON": stand_in}
+
+    def inspect(service):
+        name = compose(*project, *files, "ps", "--quiet", service, **environment).stdout.strip()
+        return json.loads(run("docker", "inspect", name).stdout)[0]
+
+    try:
+        up = compose(*project, *files, "up", "--build", "--detach", **environment)
+        assert up.returncode == 0, up.stdout + up.stderr
+        wait_until(lambda: inspect("function")["State"]["Health"]["Status"] == "healthy", 60)
+        url = f"http://127.0.0.1:8080/2015-03-31/functions/{NAME}/invocations"
+        told = json.loads(post(url))["environ"]
+        expected = {
+            "AWS_LAMBDA_FUNCTION_NAME": NAME,
+            "AWS_LAMBDA_FUNCTION_TIMEOUT": "10",
+            "AMQP_URI": f"amqp://rabbitmq:5672?{PARAMETERS}",
+            **CREDENTIALS,
+        }
+        assert {name: told.get(name) for name in expected} == expected
+        with connect("127.0.0.1"):  # the broker, with these credentials
+            pass
+        function, broker = inspect("function"), inspect("rabbitmq")
+    finally:
+        compose(*project, *files, "down", "--volumes", "--rmi", "local", **environment)
+    host = function["HostConfig"]
+    assert function["Config"]["User"] == "60999:60999"
+    assert function["Config"].get("StopSignal", "SIGTERM") == "SIGTERM"
+    assert (host["ReadonlyRootfs"], host["CapDrop"], host["IpcMode"]) == (True, ["ALL"], "none")
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+    assert (host["Memory"], host["PidsLimit"]) == (256 * 1024 * 1024, 1024)
+    assert host["Ulimits"] == [{"Name": "nofile", "Hard": 1024, "Soft": 1024}]
+    assert host["Tmpfs"] == {"/tmp": "exec,size=512m"}
+    (mount,) = function["Mounts"]
+    assert (mount["Destination"], mount["RW"]) == ("/usr/local/bin/aws-lambda-rie", False)
+    for container, port in (function, "8080"), (broker, "5672"):
+        bindings = container["HostConfig"]["PortBindings"]
+        assert bindings[f"{port}/tcp"] == [{"HostIp": "127.0.0.1", "HostPort": port}]
+        assert container["HostConfig"]["RestartPolicy"]["Name"] == "unless-stopped"
+    answered = [check for check in broker["State"]["Health"]["Log"] if check["ExitCode"] == 0]
+    assert function["State"]["StartedAt"] > broker["State"]["StartedAt"]
+    assert answered
+
+
+@pytest.mark.slow
+def test_kubernetes_confines_each_container_and_names_what_belongs_together():
+    deployment, policy = yaml_documents(EXAMPLES / "kubernetes.yaml")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["replicas"] == 3
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    user = {"runAsNonRoot": True, "runAsUser": 60999, "runAsGroup": 60999}
+    assert pod["securityContext"] == user | {"seccompProfile": {"type": "RuntimeDefault"}}
+    (daemon,), (function,) = pod["initContainers"], pod["containers"]
+    for container in daemon, function:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["limits"] == {
+            "cpu": "1",
+            "memory": "256Mi",
+            "ephemeral-storage": "640Mi",
+        }
+        assert container["resources"]["requests"]["cpu"] == "100m"
+    assert daemon["env"] == [{"name": "KUBERNETES_INIT_CONTAINER", "value": "true"}]
+    secret = {
+        f"AMQP_{key.upper()}": {"secretKeyRef": {"name": "rabbitmq", "key": key}}
+        for key in ("username", "password")
+    }
+    assert {each["name"]: each.get("value", each.get("valueFrom")) for each in function["env"]} == {
+        "AWS_LAMBDA_FUNCTION_NAME": NAME,
+        "AWS_LAMBDA_FUNCTION_TIMEOUT": "10",
+        "MAX_CONCURRENCY": "1",
+        "AMQP_URI": f"amqp://rabbitmq:5672?{PARAMETERS}",
+        **secret,
+    }
+    listens = {"tcpSocket": {"port": 8080}}
+    assert function["ports"] == [{"containerPort": 8080}]
+    assert function["readinessProbe"] == function["livenessProbe"] == listens
+    # The Daemon copies itself to /tmp, on the volume from which it takes the emulator's place.
+    assert daemon["volumeMounts"] == [{"name": "daemon", "mountPath": "/tmp"}]
+    assert function["volumeMounts"] == [
+        {
+            "name": "daemon",
+            "mountPath": "/usr/local/bin/aws-lambda-rie",
+            "subPath": "lambda-runtime-api-daemon",
+            "readOnly": True,
+        },
+        {"name": "tmp", "mountPath": "/tmp"},
+    ]
+    assert pod["volumes"] == [
+        {"name": "daemon", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": "512Mi"}},
+    ]
+
+
+@pytest.mark.slow
+def test_kubernetes_lets_only_pods_with_a_label_invoke_and_the_function_reach_broker_and_dns():
+    _, policy = yaml_documents(EXAMPLES / "kubernetes.yaml")
+    assert {*policy["spec"]["policyTypes"]} == {"Ingress", "Egress"}
+    assert policy["spec"]["ingress"] == [
+        {
+            "from": [{"podSelector": {"matchLabels": {"invokes": NAME}}}],
+            "ports": [{"port": 8080}],
+        }
+    ]
+    broker, dns = policy["spec"]["egress"]
+    assert broker == {
+        "to": [{"podSelector": {"matchLabels": {"app": "rabbitmq"}}}],
+        "ports": [{"port": 5672}],
+    }
+    assert dns["to"] == [{"namespaceSelector": {}}]
+    ports = {(each["port"], each["protocol"]) for each in dns["ports"]}
+    assert ports == {(port, protocol) for port in (53, 5353) for protocol in ("UDP", "TCP")}
 
 
 class Function:

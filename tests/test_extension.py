@@ -5,7 +5,7 @@ import json
 import os
 import re
 
-from extension_process import end_of, started
+from extension_process import end_of, started, variant
 from extensions_api_server import (
     IDENTIFIER,
     REGISTERED,
@@ -17,7 +17,8 @@ from extensions_api_server import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine import wait_until
-from sample import NAME
+from pages import PAGES, code_blocks
+from sample import NAME, RECEIVED
 
 # To try more: FUZZ_CASES=5000 ./tests/run.sh -k responses
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
@@ -57,6 +58,27 @@ START = st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.0 403 Forbidden"])
 RESPONSES = st.builds(
     lambda start, parts: b"\r\n".join([start, *parts]), START | PARTS, st.lists(PARTS, max_size=8)
 )
+
+
+def test_the_first_code_of_the_readme_is_an_extension(extension, tmp_path):
+    code = re.search(r"(?s)```python\n(.*?)```", PAGES["README.md"]).group(1)
+    readme = variant(extension, tmp_path, {"extension.py": code})
+    with ExtensionsApiServer([invoke(), SHUTDOWN]) as api:
+        status, stdout, stderr = end_of(readme, api)
+    assert (status, stderr) == (0, "")
+    assert re.findall(rf'\[{NAME}\] {RECEIVED}: {{"eventType": "(\w+)"', stdout) == [
+        "INVOKE",
+        "SHUTDOWN",
+    ]
+
+
+def test_the_readmes_way_to_catch_a_bug_keeps_the_invocation_from_failing(extension, tmp_path):
+    (block,) = code_blocks("README.md", "Make it your own", "python")[1:]
+    code = f"from lifecycle import log, run\n\ndef process(event):\n{block}\nrun(process)\n"
+    caught = variant(extension, tmp_path, {"extension.py": code})
+    with ExtensionsApiServer([invoke(), SHUTDOWN]) as api:
+        status, stdout, _ = end_of(caught, api)
+    assert (status, stdout.count("] Not processed: NameError(")) == (0, 2)
 
 
 def test_registers_under_the_name_of_its_folder_and_asks_for_each_event_with_its_identifier(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from engine import BASE_IMAGES, build
-from machine import free_port, missing, post, run, wait_until
+from machine import TOOLS, free_port, missing, post, run, tool, wait_until
 from pages import PAGES, code_blocks
 from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
 
@@ -193,9 +193,47 @@ def test_the_layer_holds_extension_and_launcher_for_any_cpu_and_bytecode_for_any
 
 
 def test_no_layer_and_no_folder_is_left_when_pip_refuses_a_dependency(copy, tmp_path):
+    (copy / "layer.zip").write_text("of an earlier build")
     replace(copy / NAME / "requirements.txt", "--hash=", "# ")
     made = run(copy / "scripts" / "build-layer", env=os.environ | {"TMPDIR": str(tmp_path)})
     assert (made.returncode, os.listdir(tmp_path), (copy / "layer.zip").exists()) == (1, [], False)
+
+
+def test_a_layer_with_a_dependency_that_is_not_pure_is_refused(copy):
+    pins = (copy / "requirements.txt").read_text()
+    (compiled,) = re.findall(r"(?m)^awslambdaric==(?:.*\\\n)+.*\n", pins)
+    with (copy / NAME / "requirements.txt").open("a") as file:
+        file.write(compiled)
+    made = run(copy / "scripts" / "build-layer")
+    assert made.returncode == 1
+    assert "No matching distribution found for awslambdaric" in made.stderr
+
+
+def test_the_same_input_makes_the_same_layer(copy):
+    layers = set()
+    for _ in range(2):
+        assert run(copy / "scripts" / "build-layer").returncode == 0
+        layers.add((copy / "layer.zip").read_bytes())
+        for file in copy.rglob("*.py"):
+            os.utime(file)
+    assert len(layers) == 1
+
+
+@pytest.mark.slow
+def test_update_pins_adds_a_package_leaves_other_pins_alone_and_refuses_one_without_wheels(copy):
+    tool("uv")
+    requirements = copy / NAME / "requirements.in"
+    lock_file = copy / NAME / "requirements.txt"
+    before = lock_file.read_text().splitlines()
+    environment = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
+    update = copy / "scripts" / "update-pins", f"{NAME}/requirements.in"
+    for package, status in ("tomli", 0), ("python-ldap", 1):
+        with requirements.open("a") as file:
+            file.write(f"{package}\n")
+        assert run(*update, env=environment).returncode == status
+        after = lock_file.read_text().splitlines()
+        assert {*before} <= {*after}
+        assert [line for line in after if line.startswith("tomli==")]
 
 
 def test_the_layer_runs_as_any_user_beside_a_function(layer, image):

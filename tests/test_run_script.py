@@ -184,6 +184,13 @@ def test_a_kill_while_the_engine_hangs_leaves_nothing_running(copy, tmp_path, co
         wait_until(lambda: not processes_of(copy))
 
 
+def test_it_listens_on_port_8080_of_loopback_unless_told_otherwise(sample, tmp_path):
+    path = path_with(tmp_path, "docker", '[ "$1" != run ] || { echo "$@"; exit 1; }')
+    ran = run(sample / f"{NAME}.sh", "--docker", env=os.environ | {"PATH": path})
+    published = "--publish 127.0.0.1:8080:8080 " in ran.stdout
+    assert published or "port 8080 is in use on 127.0.0.1" in ran.stderr
+
+
 def test_while_the_port_does_not_answer_it_says_so_and_a_signal_ends_it(sample):
     with socket.create_server(("127.0.0.1", free_port()), backlog=0) as server:
         address = server.getsockname()

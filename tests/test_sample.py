@@ -133,6 +133,18 @@ def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, eval
         assert it.output.endswith(f"{NAME}: {what} ended with status 2; see its output above\n")
 
 
+def test_the_function_may_have_more_modules_and_finds_what_init_has_fetched(
+    start, evaluating, tmp_path
+):
+    (evaluating / "own.py").write_text("VALUE = 42\n")
+    secret = "/tmp/secret-of-the-test"
+    init = f'def init():\n    open({secret!r}, "w").write("fetched")\n\n\n'
+    replace(evaluating / NAME / "extension.py", "if __name__", f"{init}if __name__")
+    with start(evaluating) as it:
+        what = f"open({secret!r}).read(), __import__('own').VALUE, os.remove({secret!r})"
+        assert it.invoke({"do": what}) == ["fetched", 42, None]
+
+
 def test_renamed_files_and_one_line_make_it_another_extension(start, copy):
     rename(copy, "my-own-extension")
     replace(copy / "my-own-extension" / "extension.py", RECEIVED, "My own code got")

@@ -27,16 +27,22 @@ def invoke_by_amqp(host, *arguments):
 
 
 @pytest.fixture(scope="session")
-def rabbitmq(engine):
-    """The address of the broker for this machine and for containers."""
+def rabbitmq_image(engine):
+    """The image of examples/compose.yaml, or without a registry, one with Debian's RabbitMQ."""
     (image,) = re.findall(r"image: (rabbitmq\S+)", (ROOT / "examples" / "compose.yaml").read_text())
     commands = ["image", "inspect"], ["pull"]
-    if all(run("docker", *command, image).returncode != 0 for command in commands):
-        # Under a name of its own, so that nobody takes it for the official image.
-        dockerfile = "--file", PROGRAMS / "rabbitmq.Dockerfile"
-        image = build(ROOT, "sample-test-rabbitmq:kept", first_base_image(), *dockerfile)
+    if any(run("docker", *command, image).returncode == 0 for command in commands):
+        return image
+    # Under a name of its own, so that nobody takes it for the official one.
+    dockerfile = "--file", PROGRAMS / "rabbitmq.Dockerfile"
+    return build(ROOT, "sample-test-rabbitmq:kept", first_base_image(), *dockerfile)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(rabbitmq_image):
+    """The address of the broker for this machine and for containers."""
     user = f"--env=RABBITMQ_DEFAULT_USER={USERNAME}", f"--env=RABBITMQ_DEFAULT_PASS={PASSWORD}"
-    container = run("docker", "run", "--rm", "--detach", *user, image).stdout.strip()
+    container = run("docker", "run", "--rm", "--detach", *user, rabbitmq_image).stdout.strip()
     address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
     host = run("docker", "inspect", "--format", address, container).stdout.strip()
 
