@@ -313,7 +313,7 @@ def run_sample(address: str, port: str, greeting: str, words: list[str]) -> NoRe
         say(greeting)
         status = run(
             [*isolated, *command, entrypoint, handler[1]],
-            env=environment | settings | given,
+            env=environment | given | settings,
             cwd="/",  # the emulator stumbles over some folders' names
             pass_fds=[lock],  # another run keeps this folder even if this program alone is killed
         )

@@ -9,7 +9,7 @@ import urllib.parse
 
 import pytest
 from engine import DEFAULT_BASE_IMAGE, first_base_image
-from machine import CREDENTIALS, run, tool
+from machine import CREDENTIALS, ROOT, run, tool, yaml_documents
 from pages import code_blocks
 from sample import HELLO, NAME, RECEIVED, replace
 
@@ -115,3 +115,12 @@ def test_sam_builds_the_stage_without_the_emulator_invokes_it_and_shows_the_exte
     assert f"[{NAME}] {RECEIVED}: " in invoked.stdout + invoked.stderr
     images = run("docker", "images", "--quiet", "hellofunction").stdout.split()
     run("docker", "rmi", "--force", *images)
+
+
+def test_the_template_lets_the_function_start_and_choose_its_cpu():
+    (template,) = yaml_documents(ROOT / "template.yaml")
+    function = template["Resources"]["HelloFunction"]["Properties"]
+    assert function["Timeout"] >= 10
+    assert function["MemorySize"] == 256
+    assert function["Architectures"] == ["Ref Architecture"]
+    assert template["Parameters"]["Architecture"]["Default"] == "x86_64"

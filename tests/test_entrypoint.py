@@ -24,8 +24,17 @@ def entrypoint(tmp_path):
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     replace(tmp_path / "lambda-entrypoint.sh", "/usr/local/bin", str(tmp_path))
-    script, path = tmp_path / "lambda-entrypoint.sh", {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    return lambda arguments, more: run(script, *arguments, env=path | more)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "python3").write_text('#!/bin/sh\necho own python3 "$@"\n')
+    (own / "python3").chmod(0o755)
+
+    def start(arguments, more):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | more
+        environment["PATH"] = environment["PATH"].replace("{own}", str(own))
+        return run(tmp_path / "lambda-entrypoint.sh", *arguments, env=environment)
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -39,6 +48,7 @@ def entrypoint(tmp_path):
         ([HANDLER], WRAPPED | ON_LAMBDA, [OTHER]),
         ([HANDLER], ON_LAMBDA | {"PATH": "/var/task/bin"}, [RUNTIME]),
         ([HANDLER], ON_LAMBDA | {"PATH": ""}, [RUNTIME]),
+        ([HANDLER], ON_LAMBDA | {"PATH": "{own}:/usr/bin"}, [f"own {RUNTIME}"]),
     ],
 )
 def test_starts_the_emulator_but_on_lambda_then_a_wrapper_then_the_runtime(

@@ -73,6 +73,9 @@ def ends_after(content):
         ":+9001",
         "[127.0.0.1]:9001",
         "user:secret@127.0.0.1:9001",
+        "127.0.0.1:9001/secret",
+        "127.0.0.1:9001 secret",
+        "127.0.0.1:9001@secret",
     ],
 )
 def test_aws_lambda_runtime_api_missing_or_malformed(extension, address):
@@ -154,6 +157,7 @@ NO_IDENTIFIER = ": no valid Lambda-Extension-Identifier in the response\n"
         (answer(Lambda_Extension_Identifier="two\twords"), [NO_IDENTIFIER]),
         (reset, [": "]),
         (None, [": "]),
+        (hangs, [": TimeoutError"]),
         (b"220 mail.example.com ESMTP\r\n", [": "]),
     ],
 )

@@ -1,10 +1,12 @@
 """The image and the layer: what they contain, how they build and run."""
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 import zipfile
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from engine import BASE_IMAGES, build
-from machine import TOOLS, free_port, missing, post, run, tool, wait_until
+from machine import ROOT, TOOLS, free_port, missing, post, run, tool, wait_until
 from pages import PAGES, code_blocks
 from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
 
@@ -207,6 +209,34 @@ def test_a_layer_with_a_dependency_that_is_not_pure_is_refused(copy):
     made = run(copy / "scripts" / "build-layer")
     assert made.returncode == 1
     assert "No matching distribution found for awslambdaric" in made.stderr
+
+
+def test_only_wheels_are_installed(tmp_path):
+    source = tmp_path / "any-1"
+    source.mkdir()
+    (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (source / "PKG-INFO").write_text("Metadata-Version: 1.0\nName: any\nVersion: 1\n")
+    archive = shutil.make_archive(str(source), "gztar", tmp_path, "any-1")
+    digest = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
+    (tmp_path / "lock.txt").write_text(f"any==1 --hash=sha256:{digest}\n")
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    command = ROOT / "scripts" / "pip_install.py", tmp_path / "lock.txt", "--target", tmp_path / "x"
+    installed = run(*command, env=environment)
+    assert installed.returncode != 0
+    assert "No matching distribution found for any==1" in installed.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_variable_of_pip_counts_more_than_its_configuration(tmp_path):
+    """A company's own index is in one of them."""
+    settings = tmp_path / "pip.conf"
+    settings.write_text("[global]\nindex-url = http://192.0.2.1\nno-index = true\n")
+    (tmp_path / "lock.txt").write_text("any==1 --hash=sha256:" + "0" * 64 + "\n")
+    environment = {"PIP_CONFIG_FILE": str(settings), "PIP_FIND_LINKS": "/nowhere/links"}
+    command = ROOT / "scripts" / "pip_install.py", tmp_path / "lock.txt", "--target", tmp_path / "x"
+    installed = run(*command, env=os.environ | environment)
+    assert "Looking in links: /nowhere/links" in installed.stdout
+    assert "http://" not in installed.stdout
 
 
 def test_the_same_input_makes_the_same_layer(copy):

@@ -11,12 +11,13 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from engine import first_base_image
-from machine import free_port, processes_of, run, tool, wait_until
+from engine import DEFAULT_BASE_IMAGE, first_base_image
+from machine import ROOT, free_port, processes_of, run, tool, wait_until
 from running import running
 from sample import HELLO, NAME
 
@@ -103,6 +104,14 @@ def test_what_cannot_run_without_docker_is_said(
     path = path_with(tmp_path, command, program)
     line = last_line(script(sample, "--no-docker", *arguments, PATH=path))
     assert line.startswith(f"{NAME}: {reason}")
+
+
+@pytest.mark.parametrize(("version", "status"), [((3, 9, 20), 1), ((3, 10, 0), 0)])
+def test_python_3_10_is_the_oldest_that_runs_it(version, status):
+    text = (ROOT / f"{NAME}.sh").read_text()
+    check = re.search(r"python3 -E -c '(.*?)'", text, re.DOTALL).group(1)
+    pretend = f"import sys\nsys.version_info = {version}\n"
+    assert run(sys.executable, "-c", pretend + check).returncode == status
 
 
 def test_a_python_that_fails_has_the_first_word(sample, tmp_path):
@@ -329,6 +338,48 @@ def variables_of(*scripts):
     text = "".join(script.read_text() for script in scripts)
     names = re.findall(r"(?m)(?:^\s*|local |for |read -r )([a-z]\w*)(?:=| in |\+=)", text)
     return {*names, "process_group", "container_name"}
+
+
+def test_e_overrides_nothing_that_the_daemon_needs(start, sample, stand_in):
+    words = "-e", "PORT=1", "-e", "INVOKE_API_HOST=192.0.2.1"
+    with start(sample, *words, LAMBDA_RUNTIME_API_DAEMON=stand_in) as it:
+        assert it.invoke(function=NAME)["environ"]["AWS_LAMBDA_FUNCTION_NAME"] == NAME
+
+
+def test_the_shell_does_not_rename_the_function_and_may_say_that_there_is_no_broker(
+    start, sample, stand_in
+):
+    shell = {"AWS_LAMBDA_FUNCTION_NAME": "of-the-shell", "AMQP_URI": ""}
+    with start(sample, LAMBDA_RUNTIME_API_DAEMON=stand_in, **shell) as it:
+        environ = it.invoke(function=NAME)["environ"]
+    assert (environ["AWS_LAMBDA_FUNCTION_NAME"], environ["AMQP_URI"]) == (NAME, "")
+
+
+def test_a_killed_run_with_the_daemon_leaves_nothing_running(start, copy, stand_in):
+    with start(copy, "-e", "IGNORE_SIGTERM=1", LAMBDA_RUNTIME_API_DAEMON=stand_in) as it:
+        it.kill()
+        wait_until(lambda: is_gone(it, copy, folders=1))
+        assert "Daemon ended by SIGTERM" not in it.output
+
+
+def test_what_it_asks_of_docker(sample, tmp_path):
+    log = tmp_path / "log"
+    path = path_with(
+        tmp_path, "docker", f'echo "$@" BUILDX_BUILDER=${{BUILDX_BUILDER-none}} >>"{log}"'
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "BASE_IMAGE"}
+    script = sample / f"{NAME}.sh"
+    environment |= {"PATH": path, "BUILDX_BUILDER": "other"}
+    ran = run(script, "--docker", "-p", free_port(), env=environment)
+    assert ran.returncode == 0, ran.stderr
+    asked = log.read_text().splitlines()
+    (build,) = [line for line in asked if line.startswith("build ")]
+    assert (
+        f"--build-arg BASE_IMAGE={DEFAULT_BASE_IMAGE} --tag {NAME} . BUILDX_BUILDER=none" in build
+    )
+    (start,) = [line for line in asked if line.startswith("run ") and "--help" not in line]
+    for option in "--rm", "--pull never", "--memory 256m":
+        assert f" {option} " in start
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/usr/bin:/bin"])

@@ -172,6 +172,8 @@ def test_what_is_mounted_below_opt_stays_visible_also_for_an_ordinary_user(evalu
     with running(evaluating, "--no-docker", script=script, **options) as it:
         assert it.invoke({"do": "open('/opt/mounted/file').read()"}) == "mounted\n"
         assert {NAME, "extensions", "mounted"} <= {*it.invoke({"do": "os.listdir('/opt')"})}
+        # Another extension of this machine stays out.
+        assert it.invoke({"do": "os.listdir('/opt/extensions')"}) == [NAME]
         assert "no namespaces" not in it.output
 
 
@@ -211,6 +213,32 @@ def test_with_the_tools_of_busybox_it_links_into_opt(copy, tmp_path):
         assert it.invoke() == HELLO
         it.ends_cleanly()
     assert not os.listdir(tmp_path / "opt")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run it for another user")
+@pytest.mark.usefixtures("installed_sample")
+def test_root_may_run_what_another_user_has_run_before(copy):
+    os.chown(copy / ".run", 12345, 12345)
+    with running(copy, "--no-docker") as it:
+        assert it.invoke() == HELLO
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "before"),
+    [
+        ("requirements.txt", "simplejson=="),
+        ("scripts/requirements-rie.txt", "aws-sam-cli=="),
+        ("scripts/pip_install.py", '"""Installs'),
+    ],
+)
+@pytest.mark.usefixtures("installed_sample")
+def test_the_next_run_installs_again_after_an_edit_of_anything_that_decides(copy, file, before):
+    after = f"# changed\n{before}"
+    replace(copy / file, before, after, count=1)
+    with running(copy, "--no-docker") as it:
+        assert "installing" in it.output
+        assert it.invoke() == HELLO
 
 
 @pytest.mark.slow

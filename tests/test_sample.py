@@ -145,6 +145,23 @@ def test_the_function_may_have_more_modules_and_finds_what_init_has_fetched(
         assert it.invoke({"do": what}) == ["fetched", 42, None]
 
 
+def test_rename_changes_every_mention_except_of_awss_example_and_leaves_git_alone(copy):
+    git = "git", "-C", copy, "-c", "user.name=any", "-c", "user.email=any"
+    for command in ["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", NAME]:
+        assert run(*git, *command).returncode == 0
+    rename(copy, "my-own-extension")
+    assert run(*git, "fsck").returncode == 0
+    named = run(*git, "grep", "-h", NAME, "--", ":!docs/cost.md", ":!CHANGELOG.md", ":!LICENSE")
+    lines = named.stdout.splitlines()
+    assert lines
+    for line in lines:
+        assert re.search(rf"https://\S*{NAME}|AWS.s {NAME}|aws-lambda-extensions/{NAME}", line)
+    assert f"AWS's {NAME}" in named.stdout
+    for name in "Capital", "with space", "tests":
+        again = run(copy / "scripts" / "rename", name)
+        assert again.returncode == (1 if name == "tests" else 2)
+
+
 def test_renamed_files_and_one_line_make_it_another_extension(start, copy):
     rename(copy, "my-own-extension")
     replace(copy / "my-own-extension" / "extension.py", RECEIVED, "My own code got")

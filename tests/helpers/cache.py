@@ -85,7 +85,8 @@ def copy_installed(sample):
 
 def keep_installed(sample):
     """Keeps what the first run of that copy has installed, in place of what was kept before."""
-    for kept in CACHE.glob("installed-*"):
-        shutil.rmtree(kept)
+    for outdated in CACHE.glob("installed-*"):
+        shutil.rmtree(sample / ".run" / outdated.name.removeprefix("installed-"))
+        shutil.rmtree(outdated)
     (installed,) = sample.glob(f".run/{EXTENSION.parent.name}-*")
     shutil.copytree(installed, CACHE / f"installed-{installed.name}", symlinks=True)

@@ -21,7 +21,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(told).encode())
 
 
-on_sigterm = signal.SIG_IGN if "IGNORE_SIGTERM" in os.environ else lambda *_: sys.exit()
-signal.signal(signal.SIGTERM, on_sigterm)
+def end(*_):
+    print("Daemon ended by SIGTERM", flush=True)
+    if "IGNORE_SIGTERM" not in os.environ:
+        sys.exit()
+
+
+signal.signal(signal.SIGTERM, end)
 address = os.environ.get("INVOKE_API_HOST", "0.0.0.0"), int(os.environ.get("PORT", "8080"))
 http.server.HTTPServer(address, Handler).serve_forever()

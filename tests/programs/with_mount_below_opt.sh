@@ -8,7 +8,8 @@ if [ -z "$MOUNTED" ]; then
     exec unshare --map-root-user --mount "$0" "$@"
 fi
 mount -t tmpfs tmpfs /opt
-mkdir /opt/mounted
+mkdir /opt/mounted /opt/extensions
+touch /opt/extensions/foreign
 mount -t tmpfs tmpfs /opt/mounted
 echo mounted >/opt/mounted/file
 if [ -n "$AS" ]; then
