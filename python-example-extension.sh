@@ -5,7 +5,7 @@
 # starts scripts/run_without_docker.py instead. It works with macOS's bash 3.2 too.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail +o posix
-export PATH # bash has one of its own, which it does not export, where the environment has none
+export PATH # if the environment has none, bash sets one, but does not export it
 
 usage() {
     cat <<END
@@ -310,7 +310,7 @@ run_in_docker() {
         machine=host.containers.internal
         options+=(--http-proxy=false) # otherwise the function gets this shell's proxies
     else
-        # podman would forget its other limits.
+        # Given --ulimit, podman would forget its other limits.
         options+=(--add-host "$machine:host-gateway" --ulimit nofile=1024)
     fi
     if [ -n "$daemon" ]; then

@@ -7,8 +7,8 @@
 The wheels are for this Python, or with --for, for that one, which need not have pip. The Dockerfile
 gives pip the options that matter, in its environment.
 
-Of the user's pip settings only those count that say where packages come from, and how to reach
-them. Any other setting could change what is installed, or break it.
+A pip setting of the user's counts only if it says where packages come from, or how to reach them.
+Any other setting could change what is installed, or break it.
 """
 
 import ast

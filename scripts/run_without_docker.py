@@ -8,7 +8,7 @@ The function and the extension get each variable NAME=VALUE, each NAME with its 
 process, and what they need from here, but nothing else. The greeting is printed when all is ready.
 
 What the image would contain is installed into the folder .run, once for each Python and each set of
-pins. Each run has a folder of its own in .run, and what it contains for /opt is shown there.
+pins. Each run has a folder of its own in .run; the folder opt inside it appears as /opt.
 
 SIGINT, SIGTERM, SIGHUP or SIGQUIT ends it. The signal must be sent to its process group, so that
 the emulator gets it as well.
@@ -37,7 +37,7 @@ NAME = next(SAMPLE.glob("*/extension.py")).parent.name
 RUNS = SAMPLE / ".run"
 PIP_INSTALL = SAMPLE / "scripts" / "pip_install.py"
 OPT = Path("/opt")
-# Not a link to it: an environment made through a link looks for the standard library beside that.
+# Not a link to it: an environment made through a link looks for the standard library beside it.
 PYTHON = os.path.realpath(sys.executable)
 
 # These signals stay blocked, and the program takes them where it waits (sigwait). So none of them
@@ -58,7 +58,7 @@ def fail(text: str) -> NoReturn:
 
 
 def start(command: list[str | Path], **options) -> subprocess.Popen:
-    """Starts a command, in which these signals are not blocked.
+    """Starts a command, in which AWAITED_SIGNALS are not blocked.
 
     Exits instead if a signal has asked this program to end.
     """
@@ -191,7 +191,7 @@ def install(folder: Path) -> Path:
 
 
 def copy_executable(file: Path, folder: Path) -> Path:
-    """Copies a script into a folder, and makes it executable, as a ZIP file may not have."""
+    """Copies a script into a folder, and makes it executable: a ZIP file may have lost that."""
     copy = Path(shutil.copy(file, folder))
     copy.chmod(0o755)
     return copy

@@ -281,7 +281,9 @@ def test_without_namespaces_it_links_into_opt_while_it_runs_and_replaces_only_de
     with linking() as it:
         said = "no namespaces here, see above: linking into /opt for the duration of the run"
         assert f"{NAME}: {said}\n" in it.output
-        for pid in processes_of(copy):  # as when the machine runs out of memory
+        # As when the machine runs out of memory. First the program that would remove the links.
+        processes = processes_of(copy)
+        for pid in sorted(processes, key=lambda pid: "run_without_docker" not in processes[pid]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not processes_of(copy))

@@ -77,7 +77,7 @@ def extension_packages():
 
 
 def copy_installed(sample):
-    """Gives that copy what the first run without Docker of another one has installed."""
+    """Gives that copy of the sample what another copy's first run without Docker has installed."""
     for kept in CACHE.glob("installed-*"):
         name = kept.name.removeprefix("installed-")
         shutil.copytree(kept, sample / ".run" / name, symlinks=True, dirs_exist_ok=True)
