@@ -32,9 +32,9 @@ class Collector(ExtensionsApiServer):
         return [record for request in self.requests for record in request.json]
 
 
-def refuses(word):
+def refuses(word, status=400):
     """A judge that refuses each request in which a record contains that word."""
-    return lambda request: answer(400 if word.encode() in request.body else 200)
+    return lambda request: answer(status if word.encode() in request.body else 200)
 
 
 def slow(connection):
