@@ -50,9 +50,7 @@ class AwsApi(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("shell", ["bash -i", "zsh -f -i"])
-def test_the_commands_create_invoke_update_and_remove_the_function_and_publish_and_add_the_layer(
-    tmp_path, copy, shell
-):
+def test_every_command_of_the_page_works(tmp_path, copy, shell):
     """They work when pasted into bash or zsh, where zsh knows no comments, but more modifiers."""
     program, *options = shell.split()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AwsApi)

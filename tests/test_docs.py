@@ -17,7 +17,7 @@ def test_every_relative_link_leads_somewhere(page):
     assert not [link for link in links if not ((ROOT / page).parent / link).exists()]
 
 
-def test_every_row_of_the_failures_is_a_test_of_that_name_and_the_other_way_round():
+def test_the_rows_of_failure_handling_are_the_names_of_its_tests():
     situations = [row[0] for row in rows(PAGES["docs/failure-handling.md"])]
     text = (ROOT / "tests" / "test_failure_handling.py").read_text()
     tests = re.findall(r"(?m)^def test_(\w+)", text)

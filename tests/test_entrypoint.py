@@ -51,7 +51,7 @@ def entrypoint(tmp_path):
         ([HANDLER], ON_LAMBDA | {"PATH": "{own}:/usr/bin"}, [f"own {RUNTIME}"]),
     ],
 )
-def test_starts_the_emulator_but_on_lambda_then_a_wrapper_then_the_runtime(
+def test_starts_the_emulator_except_on_lambda_then_a_wrapper_then_the_runtime(
     entrypoint, arguments, environment, started
 ):
     assert entrypoint(arguments, environment).stdout.splitlines() == started

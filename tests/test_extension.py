@@ -154,7 +154,7 @@ def modules(stdout):
     return [{*json.loads(text)} for text in re.findall(r"\] Modules: (.*)", stdout)]
 
 
-def test_everything_is_imported_before_init_and_nothing_beside_an_invocation(obedient):
+def test_everything_is_imported_before_init_and_nothing_during_an_invocation(obedient):
     events = [invoke(do=MODULES), invoke(do=MODULES), SHUTDOWN]
     with ExtensionsApiServer(events) as api:
         _, stdout, _ = end_of(obedient, api, AT_INIT=MODULES)
@@ -173,7 +173,7 @@ def test_signals_are_caught_before_anything_slow_is_imported(extension):
         assert order.index("signals") < order.index(slow)
 
 
-def test_whatever_the_responses_are_it_is_an_error_in_one_line_or_none(extension, monkeypatch):
+def test_any_response_leads_to_an_error_of_one_line_or_to_none(extension, monkeypatch):
     monkeypatch.syspath_prepend(extension.parent)
     client = importlib.import_module("extensions_api")
 

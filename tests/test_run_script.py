@@ -98,7 +98,7 @@ def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments):
         ),
     ],
 )
-def test_what_cannot_run_without_docker_is_said(
+def test_it_says_what_cannot_run_without_docker(
     sample, tmp_path, command, program, arguments, reason
 ):
     path = path_with(tmp_path, command, program)
@@ -114,7 +114,7 @@ def test_python_3_10_is_the_oldest_that_runs_it(version, status):
     assert run(sys.executable, "-c", pretend + check).returncode == status
 
 
-def test_a_python_that_fails_has_the_first_word(sample, tmp_path):
+def test_the_error_of_a_python_that_fails_is_shown_first(sample, tmp_path):
     path = path_with(tmp_path, "python3", "echo pyenv: version 3.9.99 is not installed >&2; exit 1")
     ran = script(sample, "--no-docker", PATH=path)
     assert ran.stderr.startswith("pyenv: version 3.9.99 is not installed\n")
@@ -137,7 +137,7 @@ def test_a_python_that_fails_has_the_first_word(sample, tmp_path):
         ),
     ],
 )
-def test_only_without_docker_option_does_it_fall_back_and_say_why(
+def test_it_falls_back_and_says_why_unless_docker_is_asked_for(
     sample, folder, docker, environment, reason
 ):
     environment = environment | {"PATH": path_with(folder / "bin", "docker", docker)}
@@ -297,9 +297,7 @@ def test_a_killed_run_leaves_nothing_running_and_the_next_run_removes_its_folder
     wait_until(lambda: is_gone(it, copy))
 
 
-def test_e_passes_values_of_any_kind_and_nothing_else_and_writes_no_secret_anywhere(
-    start, evaluating, tmp_path
-):
+def test_e_passes_any_value_but_no_other_variable_and_writes_no_secret(start, evaluating, tmp_path):
     secret = secrets.token_hex()
     shell = {
         "LINES": "one\ntwo = 'three' \"four\" $five OTHER six\n",
@@ -395,9 +393,7 @@ def test_it_runs_without_a_path_and_with_a_parent_that_ignores_the_end_of_childr
         assert it.invoke() == HELLO
 
 
-def test_e_passes_the_shells_variables_also_if_the_script_has_some_of_the_same_names(
-    start, evaluating, monkeypatch
-):
+def test_e_passes_variables_whose_names_the_script_uses_itself(start, evaluating, monkeypatch):
     names = variables_of(evaluating / f"{NAME}.sh", evaluating / "scripts" / "mount-opt")
     assert len(names) > 20
     shell = {name: f"the shell's {name}" for name in names}
@@ -459,7 +455,8 @@ def test_it_can_be_started_by_a_link_by_sh_and_in_posix_mode_as_sh_is_on_macos(s
 
 
 @pytest.mark.slow
-def test_docker_may_be_podman_rootless_but_for_root(sample, stand_in, engine, tmp_path):
+def test_docker_may_be_podman(sample, stand_in, engine, tmp_path):
+    """Rootless, unless root runs the tests."""
     (tmp_path / "docker").symlink_to(tool("podman"))
     assert run("sh", "-c", f"docker save {first_base_image()} | podman load").returncode == 0
     environment = {

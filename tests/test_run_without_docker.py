@@ -47,7 +47,7 @@ def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_wor
 
 
 @pytest.mark.slow
-def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fresh):
+def test_when_two_first_runs_start_at_once_one_installs_for_both(fresh):
     options = as_user(fresh)
     with (
         running(fresh, "--no-docker", wait=False, **options) as one,
@@ -63,7 +63,7 @@ def test_of_two_first_runs_of_an_ordinary_user_at_once_one_installs_for_both(fre
 
 
 @pytest.mark.slow
-def test_when_pip_fails_its_words_stand_and_nothing_is_left(fresh):
+def test_when_pip_fails_its_output_is_shown_and_nothing_is_left(fresh):
     replace(fresh / NAME / "requirements.txt", "--hash=", "# ")
     with running(fresh, "--no-docker", wait=False) as it:
         assert it.wait(120) == 1
@@ -120,14 +120,14 @@ def refuses(sample, *said, **options):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_folder_that_cannot_be_written_is_one_line(fresh):
+def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(fresh):
     refuses(fresh, "Permission denied", f"{fresh}/.run", user=12345, PATH="/usr/bin:/bin")
     (fresh / ".run").mkdir(0o700)
     said = f"{fresh}/.run belongs to another user, who ran this before: remove it"
     refuses(fresh, said, user=12345, PATH="/usr/bin:/bin")
 
 
-def test_a_file_where_the_folder_should_be_is_one_line(fresh):
+def test_a_file_where_the_folder_should_be_is_an_error_of_one_line(fresh):
     (fresh / ".run").touch()
     refuses(fresh, f"{fresh}/.run is not a folder: remove it")
 
@@ -165,7 +165,7 @@ def test_a_python_that_is_a_link_makes_an_environment_of_what_it_links_to(fresh,
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_what_is_mounted_below_opt_stays_visible_also_for_an_ordinary_user(evaluating):
+def test_what_is_mounted_below_opt_stays_visible_even_for_an_ordinary_user(evaluating):
     options = as_user(evaluating)
     script = PROGRAMS / "with_mount_below_opt.sh"
     options |= {"SCRIPT": f"{evaluating}/{NAME}.sh", "AS": str(options.pop("user", ""))}
@@ -252,7 +252,7 @@ def test_the_next_run_installs_again_after_an_edit_of_the_pins(copy):
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_the_dockerfiles_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(
+def test_the_dockerfiles_handler_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(
     evaluating,
 ):
     (evaluating / "lambda_function.py").rename(evaluating / "other.py")

@@ -122,7 +122,7 @@ def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_starts_again(
         assert it.output.count("Registered with ID") > 1
 
 
-def test_a_second_invocation_at_a_time_ends_the_emulator_and_the_run(start, evaluating):
+def test_a_second_invocation_at_once_ends_the_emulator_and_the_run(start, evaluating):
     with start(evaluating) as it, ThreadPoolExecutor() as pool:
         pool.submit(it.invoke, {"do": "time.sleep(5)"})
         wait_until(lambda: it.received)

@@ -133,7 +133,7 @@ def test_it_goes_on_with_a_collector_that_always(failure, reason, batching):
     assert len(collector.requests) in ([2] if reason else [2, 3])
 
 
-def test_of_the_records_in_a_request_only_those_are_lost_that_the_collector_refuses(batching):
+def test_only_the_records_that_the_collector_refuses_are_lost(batching):
     sent = [invoke(str(number), more="bad" * (number % 50 == 7)) for number in range(150)]
     with Collector(judge=refuses("bad")) as collector:
         log = send(batching, collector.url, sent)
@@ -210,7 +210,7 @@ def test_records_beyond_a_megabyte_are_dropped_the_oldest_first_and_counted_exac
     assert counted(log, "dropped") == 1002 - len(arrived)
 
 
-def test_a_record_without_room_for_any_other_is_dropped_alone(batching):
+def test_a_record_larger_than_the_buffer_is_dropped_alone(batching):
     with Collector(answer()) as collector:
         large = invoke("large", more=1_000_000 * "x")
         log = send(batching, collector.url, [*events(10), large, *events(10, 20)])
@@ -240,7 +240,7 @@ def test_a_request_is_neither_too_long_nor_too_large(batching):
 
 
 @pytest.mark.parametrize("address", ["http://[", "http://a..b", "https://:80"])
-def test_no_url_ends_the_extension(address, batching):
+def test_an_unusable_url_does_not_end_the_extension(address, batching):
     log = send(batching, f"{address}/{TOKEN}", events(50))
     assert counted(log, "not confirmed before the end") == 51
 
@@ -248,7 +248,7 @@ def test_no_url_ends_the_extension(address, batching):
 @pytest.mark.parametrize(
     "environment", [{}, {"COLLECTOR_URL": ""}, {"COLLECTOR_URL": f"collector/{TOKEN}"}]
 )
-def test_a_missing_url_ends_the_start_in_one_line(environment, batching):
+def test_a_missing_url_is_an_error_of_one_line_at_the_start(environment, batching):
     with ExtensionsApiServer() as api:
         status, _, stderr = end_of(batching, api, **environment)
         assert status == 1
@@ -313,7 +313,7 @@ def test_a_collector_that_does_not_answer_within_five_seconds_is_asked_again(ext
     assert 1 < times[1] - times[0] < 10
 
 
-def test_hanging_senders_are_few(extension, tmp_path):
+def test_the_number_of_hanging_senders_is_limited(extension, tmp_path):
     def later(connection):
         time.sleep(0.1)
         connection.sendall(invoke())
@@ -327,7 +327,7 @@ def test_hanging_senders_are_few(extension, tmp_path):
             assert len(collector.requests) == 3
 
 
-def test_without_a_further_thread_it_goes_on_with_the_sender_that_it_has(extension, tmp_path):
+def test_if_no_thread_can_be_started_the_sender_stays(extension, tmp_path):
     code = README + "\nimport threading\n"
     no_thread = (
         "def fail(*_): raise RuntimeError\n    threading.Thread.start = fail\n    batches.add"
@@ -713,7 +713,7 @@ assert len(FORMATS) == len(JUDGES)
     [*zip(FORMATS, JUDGES, strict=True)],
     ids=["Loki", "Elasticsearch", "OpenTelemetry"],
 )
-def test_a_format_of_the_readme_is_what_that_collector_takes(extension, tmp_path, code, judge):
+def test_each_format_in_the_readme_suits_its_collector(extension, tmp_path, code, judge):
     (name,) = re.findall(r"class (\w+)\(Batches\)", code)
     own = f"import own\n\nbatches = own.{name}()"
     shipping = SHIPPING.replace("batches = Batches()", own)
@@ -774,7 +774,7 @@ def test_without_a_telemetry_api_it_says_so_and_goes_on(shipping, status):
     assert stdout.count("Ships no logs") == len(stdout.splitlines()) - 1 == 1
 
 
-def test_managed_instances_of_the_emulator_run_four_invocations_at_the_same_time_and_deliver(
+def test_managed_instances_of_the_emulator_run_four_invocations_at_once_and_deliver_telemetry(
     evaluating, engine
 ):
     shutil.copytree(EXAMPLE, evaluating / NAME, dirs_exist_ok=True)
