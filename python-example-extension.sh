@@ -182,13 +182,15 @@ say_if_slow() {
 end_job() {
     local client=''
     local try
-    if [ -z "$container" ]; then
-        signal_job "$1"
-    fi
     for try in {1..50}; do
         kill -0 "$job" 2>/dev/null || return 0
-        # Nothing can stop a container before it is created, so this tries again.
-        if [ -n "$container" ] && ! kill -0 "$client" 2>/dev/null; then
+        if [ -z "$container" ]; then
+            # A second time after a second, because a subshell that has just begun may miss one.
+            if [ "$try" = 1 ] || [ "$try" = 11 ]; then
+                signal_job "$1"
+            fi
+        elif ! kill -0 "$client" 2>/dev/null; then
+            # Nothing can stop a container before it is created, so this tries again.
             end_container "$1" "$try" >/dev/null 2>&1 &
             client=$!
         fi
