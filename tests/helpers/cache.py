@@ -12,14 +12,11 @@ import tempfile
 from pathlib import Path
 
 from machine import ROOT, run
+from sample import NAME
 
 CACHE = ROOT / ".venv" / "cache"
-(EXTENSION,) = ROOT.glob("*/extension.py")
-PINS = [
-    ROOT / "requirements.txt",
-    EXTENSION.with_name("requirements.txt"),
-    ROOT / "scripts" / "requirements-rie.txt",
-]
+EXTENSION_PINS = ROOT / NAME / "requirements.txt"
+PINS = [ROOT / "requirements.txt", EXTENSION_PINS, ROOT / "scripts" / "requirements-rie.txt"]
 PIP_INSTALL = ROOT / "scripts" / "pip_install.py"
 
 
@@ -69,18 +66,19 @@ def extension_packages():
     settings = pip_settings()
 
     def install(folder):
-        command = PIP_INSTALL, PINS[1], "--quiet", "--target", folder
+        command = PIP_INSTALL, EXTENSION_PINS, "--quiet", "--target", folder
         installed = run(*command, env=os.environ | settings)
         assert installed.returncode == 0, installed.stderr
 
-    return made_once("extension", install, PINS[1])
+    return made_once("extension", install, EXTENSION_PINS)
 
 
 def copy_installed(sample):
     """Gives that copy of the sample what another copy's first run without Docker has installed."""
     for kept in CACHE.glob("installed-*"):
-        name = kept.name.removeprefix("installed-")
-        shutil.copytree(kept, sample / ".run" / name, symlinks=True, dirs_exist_ok=True)
+        copy = sample / ".run" / kept.name.removeprefix("installed-")
+        if not copy.exists():
+            shutil.copytree(kept, copy, symlinks=True)
 
 
 def keep_installed(sample):
@@ -88,5 +86,5 @@ def keep_installed(sample):
     for outdated in CACHE.glob("installed-*"):
         shutil.rmtree(sample / ".run" / outdated.name.removeprefix("installed-"))
         shutil.rmtree(outdated)
-    (installed,) = sample.glob(f".run/{EXTENSION.parent.name}-*")
+    (installed,) = sample.glob(f".run/{NAME}-*")
     shutil.copytree(installed, CACHE / f"installed-{installed.name}", symlinks=True)

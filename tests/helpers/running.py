@@ -142,7 +142,9 @@ def installed_sample(sample):
     """The copy of the sample, after its first run without Docker."""
     cache.pip_settings()  # before it needs the same lock
     with cache.locked():
-        (sample / ".run").mkdir()  # other users' copies link to what it contains
+        runs = sample / ".run"
+        runs.mkdir(exist_ok=True)
+        runs.chmod(0o755)  # other users' copies link to what it contains
         cache.copy_installed(sample)
         with running(sample, "--no-docker") as it:
             has_installed = "installing" in it.output
