@@ -6,18 +6,16 @@ caller has the answer when the function responds, and it is charged until both a
 """
 
 import contextlib
-import http.client
-import json
 import os
 import queue
 import signal
-import socketserver
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+import fake_lambda
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,93 +27,52 @@ RESPONDS = "the function responds"
 
 SECONDS = 60  # in which each of these must happen
 
-EXTENSIONS_API = "/2020-01-01/extension"
-RUNTIME_API = "/2018-06-01/runtime"
+# The invocation of which the runtime is told; its ID is in the path of the response.
 REQUEST_ID = "8476a536-e9f4-11e8-9739-2dfe598c3fcd"
 FUNCTION_ARN = "arn:aws:lambda:eu-central-1:123456789012:function:function"
-DEADLINE = 4102444800000  # in the year 2100, so never
-INVOKE = {
-    "eventType": "INVOKE",
-    "deadlineMs": DEADLINE,
-    "requestId": REQUEST_ID,
-    "invokedFunctionArn": FUNCTION_ARN,
-    "tracing": {"type": "X-Amzn-Trace-Id", "value": "Root=1-5f35ae12-0c0fec141ab77a00bc047aa2"},
-}
-SHUTDOWN = {"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": DEADLINE}
-INVOCATION_HEADERS = {
-    "Lambda-Runtime-Aws-Request-Id": REQUEST_ID,
-    "Lambda-Runtime-Deadline-Ms": DEADLINE,
-    "Lambda-Runtime-Invoked-Function-Arn": FUNCTION_ARN,
-}
+INVOKE = fake_lambda.answer(
+    body={
+        "eventType": "INVOKE",
+        "deadlineMs": fake_lambda.IN_THE_YEAR_2100,
+        "requestId": REQUEST_ID,
+        "invokedFunctionArn": FUNCTION_ARN,
+        "tracing": {"type": "X-Amzn-Trace-Id", "value": "Root=1-5f35ae12-0c0fec141ab77a00bc047aa2"},
+    }
+)
+INVOCATION = fake_lambda.answer(
+    body={},
+    Lambda_Runtime_Aws_Request_Id=REQUEST_ID,
+    Lambda_Runtime_Deadline_Ms=fake_lambda.IN_THE_YEAR_2100,
+    Lambda_Runtime_Invoked_Function_Arn=FUNCTION_ARN,
+)
+ACCEPTED = fake_lambda.answer(202)
 
 
-class LambdaApis(socketserver.ThreadingTCPServer):
-    """The Extensions API and the Runtime API, for one extension and one runtime."""
-
-    daemon_threads = True
-    request_queue_size = 128
+class Lambda(fake_lambda.FakeLambda):
+    """Lambda for one extension and one runtime, which it tells nothing until it is asked to."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Connection)
-        self.address = f"127.0.0.1:{self.server_address[1]}"
-        self.connections = 0
         self.events = queue.SimpleQueue()  # for the extension, each once
         self.invocations = queue.SimpleQueue()  # for the runtime, each once
         self.happened = queue.SimpleQueue()  # (what, when), when in seconds of time.perf_counter()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        super().__init__(
+            events=[self._tells(EXTENSION_ASKS, self.events.get)],
+            register=[self._tells(REGISTERS, lambda: fake_lambda.REGISTERED)],
+        )
+        self.answers |= {
+            "/runtime/invocation/next": [self._tells(RUNTIME_ASKS, self.invocations.get)],
+            f"/invocation/{REQUEST_ID}/response": [self._tells(RESPONDS, lambda: ACCEPTED)],
+            "": [ACCEPTED],  # an extension must do without whatever else it asks for
+        }
 
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
+    def _tells(self, what, get_answer):
+        """An answer that says what has happened, and waits where Lambda would."""
 
-    def response_to(self, method, path):
-        """Returns the response to a request; waits for it where Lambda would."""
-        now = time.perf_counter()
-        if path == f"{EXTENSIONS_API}/register":
-            self.happened.put((REGISTERS, now))
-            return http_response(200, {}, {"Lambda-Extension-Identifier": REQUEST_ID})
-        if path == f"{EXTENSIONS_API}/event/next":
-            self.happened.put((EXTENSION_ASKS, now))
-            return http_response(200, self.events.get())
-        if path == f"{RUNTIME_API}/invocation/next":
-            self.happened.put((RUNTIME_ASKS, now))
-            return http_response(200, self.invocations.get(), INVOCATION_HEADERS)
-        if path == f"{RUNTIME_API}/invocation/{REQUEST_ID}/response":
-            self.happened.put((RESPONDS, now))
-            return http_response(202)
-        # Errors end the measurement. An extension must do without whatever else it asks for.
-        if path.endswith("/error"):
-            self.happened.put((f"{method} {path}", now))
-        return http_response(202)
+        def tell(connection):
+            self.happened.put((what, time.perf_counter()))
+            connection.sendall(get_answer())
 
-
-class _Connection(socketserver.StreamRequestHandler):
-    """Reads the requests of one TCP connection, with little work, and sends the responses."""
-
-    disable_nagle_algorithm = True
-
-    def handle(self):
-        assert isinstance(self.server, LambdaApis)
-        self.server.connections += 1
-        with contextlib.suppress(OSError):
-            while request_line := self.rfile.readline():
-                method, path, _ = request_line.decode().split()
-                content_length = 0
-                while (header := self.rfile.readline()) not in (b"\r\n", b""):
-                    name, _, value = header.partition(b":")
-                    if name.lower() == b"content-length":
-                        content_length = int(value)
-                self.rfile.read(content_length)
-                self.wfile.write(self.server.response_to(method, path))
-
-
-def http_response(status, body=None, headers=None):
-    """Returns an HTTP response as bytes; the body is anything that JSON can hold."""
-    content = json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status} {http.client.responses[status]}"]
-    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-    lines += ["Content-Type: application/json", f"Content-Length: {len(content)}", "", ""]
-    return "\r\n".join(lines).encode() + content
+        return tell
 
 
 class CpuLimit:
@@ -168,7 +125,7 @@ class Environment(contextlib.ExitStack):
     def __init__(self, opt, task, settings):
         super().__init__()
         self._extensions = sorted((opt / "extensions").iterdir())
-        self.apis = self.enter_context(LambdaApis())
+        self.apis = self.enter_context(Lambda())
         self.cpu = CpuLimit(f"benchmark-{os.getpid()}")
         self.callback(self.cpu.kill)
         self.processes = {}  # by name; when one has ended, so has the measurement
@@ -259,7 +216,7 @@ class Environment(contextlib.ExitStack):
         if self._extensions:
             self.apis.events.put(INVOKE)
             expected.append(EXTENSION_ASKS)
-        self.apis.invocations.put({})
+        self.apis.invocations.put(INVOCATION)
         times = self.wait_until(*expected)
         return (times[RESPONDS] - start) * 1e3, (max(times.values()) - start) * 1e3
 
@@ -267,7 +224,7 @@ class Environment(contextlib.ExitStack):
         """Runs the extension alone, for so many events; returns its number of TCP connections."""
         for _ in range(events):
             self.apis.events.put(INVOKE)
-        self.apis.events.put(SHUTDOWN)
+        self.apis.events.put(fake_lambda.SHUTDOWN)
         self._start_extension()
         status = self.processes["the extension"].wait()
         if status != 0:

@@ -6,11 +6,11 @@ import os
 import re
 
 from extension_process import end_of, started, variant
-from extensions_api_server import (
+from fake_lambda import (
     IDENTIFIER,
     REGISTERED,
     SHUTDOWN,
-    ExtensionsApiServer,
+    FakeLambda,
     hangs,
     invoke,
 )
@@ -63,7 +63,7 @@ RESPONSES = st.builds(
 def test_the_first_code_of_the_readme_is_an_extension(extension, tmp_path):
     code = re.search(r"(?s)```python\n(.*?)```", PAGES["README.md"]).group(1)
     readme = variant(extension, tmp_path, {"extension.py": code})
-    with ExtensionsApiServer([invoke(), SHUTDOWN]) as api:
+    with FakeLambda([invoke(), SHUTDOWN]) as api:
         status, stdout, stderr = end_of(readme, api)
     assert (status, stderr) == (0, "")
     assert re.findall(rf'\[{NAME}\] {RECEIVED}: {{"eventType": "(\w+)"', stdout) == [
@@ -76,7 +76,7 @@ def test_the_readmes_way_to_catch_a_bug_keeps_the_invocation_from_failing(extens
     (block,) = code_blocks("README.md", "Make it your own", "python")[1:]
     code = f"from lifecycle import log, run\n\ndef process(event):\n{block}\nrun(process)\n"
     caught = variant(extension, tmp_path, {"extension.py": code})
-    with ExtensionsApiServer([invoke(), SHUTDOWN]) as api:
+    with FakeLambda([invoke(), SHUTDOWN]) as api:
         status, stdout, _ = end_of(caught, api)
     assert (status, stdout.count("] Not processed: NameError(")) == (0, 2)
 
@@ -84,7 +84,7 @@ def test_the_readmes_way_to_catch_a_bug_keeps_the_invocation_from_failing(extens
 def test_registers_under_the_name_of_its_folder_and_asks_for_each_event_with_its_identifier(
     extension,
 ):
-    with ExtensionsApiServer([invoke(), invoke(), SHUTDOWN]) as api:
+    with FakeLambda([invoke(), invoke(), SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, api)
     assert (status, stderr) == (0, "")
     assert f"[{NAME}] Registered with ID: {IDENTIFIER}\n" in stdout
@@ -104,7 +104,7 @@ def test_asks_for_the_first_event_when_init_has_returned(obedient):
     printed = []
     asked = lambda connection: (printed.append(it.out), connection.sendall(SHUTDOWN))  # noqa: E731
     with (
-        ExtensionsApiServer([asked]) as api,
+        FakeLambda([asked]) as api,
         started(obedient, api, AT_INIT="log('Initialized')") as it,
     ):
         assert it.wait(20) == 0
@@ -113,14 +113,14 @@ def test_asks_for_the_first_event_when_init_has_returned(obedient):
 
 def test_prints_without_delay_and_any_text(obedient):
     events = invoke(do=r"print('printed'); log('half a character: \ud83e')"), hangs
-    with ExtensionsApiServer(events) as api, started(obedient, api) as it:
+    with FakeLambda(events) as api, started(obedient, api) as it:
         wait_until(lambda: len(api.asked("event/next")) == 2)
         assert "printed\n" in it.out
         assert f"[{NAME}] half a character: \\ud83e\n" in it.out
 
 
 def test_sees_no_packages_but_its_own(obedient):
-    with ExtensionsApiServer([invoke(do="log(json.dumps(sys.path))"), SHUTDOWN]) as api:
+    with FakeLambda([invoke(do="log(json.dumps(sys.path))"), SHUTDOWN]) as api:
         _, stdout, _ = end_of(obedient, api)
     own, *others = json.loads(re.search(r"\[\"/.*", stdout).group())
     assert own == str(obedient.parent)
@@ -130,13 +130,13 @@ def test_sees_no_packages_but_its_own(obedient):
 def test_waits_for_an_event_without_a_time_limit(obedient):
     sockets = "[each for each in gc.get_objects() if isinstance(each, socket.socket)]"
     do = f"import gc, socket; log([each.gettimeout() for each in {sockets}])"
-    with ExtensionsApiServer([invoke(do=do), SHUTDOWN]) as api:
+    with FakeLambda([invoke(do=do), SHUTDOWN]) as api:
         _, stdout, _ = end_of(obedient, api)
     assert re.findall(r"\] (\[.*\])\n", stdout) == ["[None]"]
 
 
 def test_one_session_asks_for_every_event_and_another_client_registers_before_it_opens(obedient):
-    with ExtensionsApiServer([*[invoke()] * 1000, SHUTDOWN]) as api:
+    with FakeLambda([*[invoke()] * 1000, SHUTDOWN]) as api:
         status, _, stderr = end_of(obedient, api)
         assert (status, stderr, api.connections) == (0, "", 2)
     registration, *requests = api.requests
@@ -156,7 +156,7 @@ def modules(stdout):
 
 def test_everything_is_imported_before_init_and_nothing_during_an_invocation(obedient):
     events = [invoke(do=MODULES), invoke(do=MODULES), SHUTDOWN]
-    with ExtensionsApiServer(events) as api:
+    with FakeLambda(events) as api:
         _, stdout, _ = end_of(obedient, api, AT_INIT=MODULES)
     in_init, in_first, in_second = modules(stdout)
     assert "requests" in in_init
@@ -166,7 +166,7 @@ def test_everything_is_imported_before_init_and_nothing_during_an_invocation(obe
 def test_signals_are_caught_before_anything_slow_is_imported(extension):
     """Python lists imports in the order in which they end."""
     list_imports = "bash", "-c", 'exec "$1" -X importtime "${@:2}"', "bash"
-    with ExtensionsApiServer([SHUTDOWN]) as api:
+    with FakeLambda([SHUTDOWN]) as api:
         _, _, stderr = end_of(extension, api, list_imports)
     order = re.findall(r"(?m)^import time: .*\| +(\S+)$", stderr)
     for slow in "re", "json", "contextlib", "http.client", "requests":
@@ -193,15 +193,15 @@ def test_any_response_leads_to_an_error_of_one_line_or_to_none(extension, monkey
             connection.sendall(response)
             connection.shutdown(2)
 
-        server.answers = {"register": [respond], "event/next": [respond], "error": [respond]}
+        server.answers = {"": [respond]}
         in_one_line(client.ExtensionsApi("name").register)
-        server.answers["register"] = [REGISTERED]
+        server.answers = {"/register": [REGISTERED], "": [respond]}
         api = client.ExtensionsApi("name")
         api.register()
         api.open_session()
         in_one_line(api.next_event)
         api.report("Error", "text", [])
 
-    with ExtensionsApiServer() as server:
+    with FakeLambda() as server:
         monkeypatch.setenv("AWS_LAMBDA_RUNTIME_API", server.address)
         ask()

@@ -12,11 +12,11 @@ import time
 
 import pytest
 from extension_process import PYTHON, end_of, started, variant
-from extensions_api_server import (
+from fake_lambda import (
     IDENTIFIER,
     REGISTERED,
     SHUTDOWN,
-    ExtensionsApiServer,
+    FakeLambda,
     answer,
     hangs,
     invoke,
@@ -105,7 +105,7 @@ def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(ex
     variables |= {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     variables |= {"PYTHONHOME": "/no", "PYTHONWARNINGS": "error"}
     variables |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    with ExtensionsApiServer([invoke("Füße, 足, 🦶"), invoke(), SHUTDOWN]) as api:
+    with FakeLambda([invoke("Füße, 足, 🦶"), invoke(), SHUTDOWN]) as api:
         status, stdout, stderr = end_of(extension, f" {api.address}\n", **variables)
     assert (status, stderr) == (0, "")
     assert json.dumps("Füße, 足, 🦶") in stdout
@@ -114,7 +114,7 @@ def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(ex
 
 @pytest.mark.parametrize("closed", [">&-", "> >(:)"], ids=["from the start", "by its reader"])
 def test_standard_output_closed(extension, closed):
-    with ExtensionsApiServer([invoke(), invoke(), SHUTDOWN]) as api:
+    with FakeLambda([invoke(), invoke(), SHUTDOWN]) as api:
         assert end_of(extension, api, ["bash", "-c", f'exec "$@" {closed}', "bash"]) == (0, "", "")
         assert len(api.asked("event/next")) == 3
 
@@ -125,7 +125,7 @@ def test_standard_output_closed(extension, closed):
 def test_standard_output_closed_by_your_code(obedient, close):
     """What log() writes still arrives, and only there: a new connection may get descriptor 1."""
     gone = ends_after(invoke(do=f"{close}; log('closed')"))
-    with ExtensionsApiServer([gone, invoke(do="log('still logged')"), SHUTDOWN]) as api:
+    with FakeLambda([gone, invoke(do="log('still logged')"), SHUTDOWN]) as api:
         status, stdout, _ = end_of(obedient, api)
         assert len(api.requests) == 4
     assert status == 0
@@ -139,7 +139,7 @@ def test_standard_output_read_slowly(obedient):
     ring = f"{catch}; signal.setitimer(signal.ITIMER_REAL, 0.2)"
     slowly = "bash", "-c", 'exec "$@" > >(sleep 1; cat)', "bash"
     events = invoke(do=f"{ring}; log('x' * 200_000)"), SHUTDOWN
-    with ExtensionsApiServer(events) as api, started(obedient, api, slowly) as it:
+    with FakeLambda(events) as api, started(obedient, api, slowly) as it:
         assert it.wait(20) == 0
         wait_until(lambda: f"\n[{NAME}] {'x' * 200_000}\n" in it.out)
 
@@ -162,7 +162,7 @@ NO_IDENTIFIER = ": no valid Lambda-Extension-Identifier in the response\n"
     ],
 )
 def test_a_registration_that_is_refused_or_not_answered_as_documented(extension, response, words):
-    with ExtensionsApiServer(register=[response]) as api:
+    with FakeLambda(register=[response]) as api:
         request = f"] POST http://{api.address}/2020-01-01/extension/register: "
         fails(extension, api, request, *words)
         assert len(api.requests) == 1
@@ -189,7 +189,7 @@ def test_a_registration_that_is_refused_or_not_answered_as_documented(extension,
     ],
 )
 def test_an_event_that_is_refused_or_not_sent_as_documented(extension, response, words):
-    with ExtensionsApiServer([response]) as api:
+    with FakeLambda([response]) as api:
         request = f"] GET http://{api.address}/2020-01-01/extension/event/next: "
         line = fails(extension, api, request, *words)
         assert len(api.asked("event/next")) == 1
@@ -200,7 +200,7 @@ def test_an_event_that_is_refused_or_not_sent_as_documented(extension, response,
 
 def test_an_unknown_event_type(extension):
     unknown = answer(body={"eventType": "\x1b" + 100 * "x"})
-    with ExtensionsApiServer([unknown, invoke("after"), SHUTDOWN]) as api:
+    with FakeLambda([unknown, invoke("after"), SHUTDOWN]) as api:
         status, stdout, _ = end_of(extension, api)
     assert status == 0
     assert f"[{NAME}] Ignored an unknown event: '\\x1b{99 * 'x'}'\n" in stdout
@@ -209,7 +209,7 @@ def test_an_unknown_event_type(extension):
 
 def test_connection_closed_between_events(extension):
     events = [ends_after(invoke(str(number))) for number in range(20)]
-    with ExtensionsApiServer([*events, SHUTDOWN], register=[ends_after(REGISTERED)]) as api:
+    with FakeLambda([*events, SHUTDOWN], register=[ends_after(REGISTERED)]) as api:
         status, stdout, stderr = end_of(extension, api)
         assert len(api.asked("event/next")) == 21
     assert (status, stderr) == (0, "")
@@ -234,7 +234,7 @@ def test_connection_closed_between_events(extension):
     ],
 )
 def test_a_bug_in_process(obedient, do, name, text):
-    with ExtensionsApiServer([invoke(do=do), SHUTDOWN]) as api:
+    with FakeLambda([invoke(do=do), SHUTDOWN]) as api:
         status, _, stderr = end_of(obedient, api)
         report = reported(api)
         assert len(api.asked("event/next")) == 1
@@ -249,7 +249,7 @@ def test_a_bug_in_process(obedient, do, name, text):
 
 
 def test_a_bug_in_process_at_shutdown(obedient):
-    with ExtensionsApiServer() as api, started(obedient, api, AT_SHUTDOWN="1 / 0") as it:
+    with FakeLambda() as api, started(obedient, api, AT_SHUTDOWN="1 / 0") as it:
         wait_until(lambda: api.asked("event/next"))
         it.terminate()
         assert it.wait(20) == 1
@@ -277,7 +277,7 @@ NO_FURTHER_THREAD = (
 def test_an_error_when_no_further_file_can_be_opened_or_thread_started(obedient, where, exhaust):
     code = "\n".join([*exhaust, "{}['no such key']"])
     environment = {"AT_INIT": code} if where == "init" else {}
-    with ExtensionsApiServer([invoke(do=code)]) as api:
+    with FakeLambda([invoke(do=code)]) as api:
         start = time.monotonic()
         status, _, stderr = end_of(obedient, api, **environment)
         assert time.monotonic() - start < 30  # not the thread's 60
@@ -287,14 +287,14 @@ def test_an_error_when_no_further_file_can_be_opened_or_thread_started(obedient,
 
 
 def test_an_error_in_init(obedient):
-    with ExtensionsApiServer() as api:
+    with FakeLambda() as api:
         fails(obedient, api, "] COLOR is not set\n", AT_INIT="sys.exit('COLOR is not set')")
         assert reported(api, "init")["errorMessage"] == "COLOR is not set"
         assert not api.asked("event/next")
 
 
 def test_an_event_that_process_changes(obedient):
-    with ExtensionsApiServer([invoke(do="event.clear()"), SHUTDOWN]) as api:
+    with FakeLambda([invoke(do="event.clear()"), SHUTDOWN]) as api:
         assert end_of(obedient, api, AT_SHUTDOWN="event.clear()")[0] == 0
         assert len(api.asked("event/next")) == 2
 
@@ -309,7 +309,7 @@ def drip(connection):
     "report", [answer(500), reset, b"no HTTP\r\n", answer(202, Content_Length=10**30), drip, hangs]
 )
 def test_an_error_report_that_fails(extension, report):
-    with ExtensionsApiServer([answer(403, NOT_TODAY)], report=report) as api:
+    with FakeLambda([answer(403, NOT_TODAY)], report=report) as api:
         start = time.monotonic()
         fails(extension, api, "/extension/event/next: 403 ", "not today")
         assert time.monotonic() - start < 10  # twice the time limit
@@ -327,14 +327,14 @@ def test_an_error_report_that_fails(extension, report):
     ],
 )
 def test_an_error_response_of_any_size_and_content(extension, body, shown):
-    with ExtensionsApiServer([answer(403, body)]) as api:
+    with FakeLambda([answer(403, body)]) as api:
         line = fails(extension, api, shown)
         assert reported(api)["errorMessage"] in line
 
 
 def test_a_signal_while_a_report_hangs(extension):
     with (
-        ExtensionsApiServer([answer(403, NOT_TODAY)], report=hangs) as api,
+        FakeLambda([answer(403, NOT_TODAY)], report=hangs) as api,
         started(extension, api) as it,
     ):
         wait_until(lambda: api.asked("exit/error"))
@@ -359,7 +359,7 @@ def stops(it, signum=signal.SIGTERM, seconds=20, stderr=""):
 def test_a_signal_before_run(extension, tmp_path, signum):
     slow_start = "print('Begun')\nimport time\ntime.sleep(60)\n"
     slow = variant(extension, tmp_path, {"extension.py": f"import lifecycle\n{slow_start}"})
-    with ExtensionsApiServer() as api, started(slow, api) as it:
+    with FakeLambda() as api, started(slow, api) as it:
         wait_until(lambda: "Begun" in it.out)
         it.send_signal(signum)
         assert (it.wait(20), it.out, it.err) == (0, "Begun\n", "")
@@ -370,7 +370,7 @@ def test_a_signal_before_run(extension, tmp_path, signum):
 def test_a_signal_while_waiting(obedient, signum):
     another_one = f"os.kill(os.getpid(), {signum:d})"
     with (
-        ExtensionsApiServer([hangs]) as api,
+        FakeLambda([hangs]) as api,
         started(obedient, api, AT_SHUTDOWN=another_one) as it,
     ):
         wait_until(lambda: api.asked("event/next"))
@@ -387,7 +387,7 @@ def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
     waiting = f"while not os.path.exists('{tmp_path}/end'): time.sleep(0.01)"
     code = f"log('Begun')\n{waiting}\nlog('Ended')"
     events, environment = ([invoke(do=code)], {}) if where == "process" else ([], {"AT_INIT": code})
-    with ExtensionsApiServer(events) as api, started(obedient, api, **environment) as it:
+    with FakeLambda(events) as api, started(obedient, api, **environment) as it:
         wait_until(lambda: "] Begun\n" in it.out)
         it.terminate()
         (tmp_path / "end").touch()
@@ -401,7 +401,7 @@ def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
 @pytest.mark.parametrize("at_shutdown", [False, True])
 def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, do, at_shutdown):
     events, environment = ([], {"AT_SHUTDOWN": do}) if at_shutdown else ([invoke(do=do)], {})
-    with ExtensionsApiServer([*events, hangs]) as api, started(obedient, api, **environment) as it:
+    with FakeLambda([*events, hangs]) as api, started(obedient, api, **environment) as it:
         wait_until(lambda: api.asked("event/next") if at_shutdown else it.received)
         start = time.monotonic()
         it.terminate()
@@ -417,7 +417,7 @@ def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, do, at_shu
 
 def test_a_signal_after_shutdown(obedient):
     """While Python itself ends, a signal would kill it."""
-    with ExtensionsApiServer([SHUTDOWN]) as api:
+    with FakeLambda([SHUTDOWN]) as api:
         for delay in range(0, 20, 4):
             with started(obedient, api) as it:
                 wait_until(lambda it=it: "Done" in it.out)
@@ -430,7 +430,7 @@ def stays_alive(obedient, do, logged):
     """Asserts that the extension logs this line and goes on, after an event with this code."""
     code = "\n".join(["import signal", *do])
     with (
-        ExtensionsApiServer([invoke(do=code), hangs]) as api,
+        FakeLambda([invoke(do=code), hangs]) as api,
         started(obedient, api) as it,
     ):
         wait_until(lambda: len(api.asked("event/next")) == 2)
@@ -508,7 +508,7 @@ def test_child_processes_of_multiprocessing(extension, tmp_path, method):
     ]
     code = code.replace("import json\n", "import json\n" + "\n".join(children) + "\n")
     extension = variant(extension, tmp_path, {"extension.py": code})
-    with ExtensionsApiServer([invoke(), hangs]) as api, started(extension, api) as it:
+    with FakeLambda([invoke(), hangs]) as api, started(extension, api) as it:
         wait_until(lambda: len(api.asked("event/next")) == 2)
         assert "Hello from the child\n" in it.out
         assert re.search(r"\] Exit codes: 0 (-15|0)\n", it.out)  # 0 if it is no fork
@@ -521,7 +521,7 @@ def test_child_processes_of_multiprocessing(extension, tmp_path, method):
 def test_a_signal_while_it_is_suspended(obedient, suspended):
     """When a process goes on, any of its threads may get the signal, not only the main one."""
     for _ in range(6):
-        with ExtensionsApiServer() as api, started(obedient, api) as it:
+        with FakeLambda() as api, started(obedient, api) as it:
             wait_until(lambda api=api: api.asked("event/next"))
             it.send_signal(signal.SIGSTOP)
             time.sleep(suspended)
@@ -531,7 +531,7 @@ def test_a_signal_while_it_is_suspended(obedient, suspended):
 
 
 def test_a_signal_at_any_moment_between_two_events(extension):
-    with ExtensionsApiServer([invoke("event")]) as api:
+    with FakeLambda([invoke("event")]) as api:
         program = PROGRAMS / "signal_at_any_moment.py"
         environment = {"AWS_LAMBDA_RUNTIME_API": api.address}
         ran = run(*PYTHON, program, extension.parent, env=environment, timeout=300)

@@ -22,7 +22,7 @@ import pytest
 from collector import FAILURES, SUCCESSES, TOKEN, Collector, refuses
 from engine import first_base_image
 from extension_process import end_of, started, variant
-from extensions_api_server import IDENTIFIER, SHUTDOWN, ExtensionsApiServer, answer, hangs, invoke
+from fake_lambda import IDENTIFIER, SHUTDOWN, FakeLambda, answer, hangs, invoke
 from machine import ROOT, Logged, free_port, post, processes_of, wait_until
 from pages import code_blocks
 from running import running
@@ -85,7 +85,7 @@ def send(extension, url, events, seconds=20, **environment):
         connection.sendall(SHUTDOWN)
 
     with (
-        ExtensionsApiServer([*events, shutdown]) as api,
+        FakeLambda([*events, shutdown]) as api,
         started(extension, api, COLLECTOR_URL=url, **environment) as it,
     ):
         assert (it.wait(seconds), it.err, TOKEN in it.out) == (0, "", False)
@@ -157,7 +157,7 @@ def test_all_records_but_the_one_that_is_refused_arrive_in_the_same_invocation(
     sent = [invoke(str(number), more="bad" * (number == 7)) for number in range(20)]
     with (
         Collector(judge=refuses("bad", status)) as collector,
-        ExtensionsApiServer([*sent, hangs]) as api,
+        FakeLambda([*sent, hangs]) as api,
     ):
         with started(batching, api, COLLECTOR_URL=collector.url) as it:
             refused = f"[{NAME}] Records refused: 1 (status {status})\n"
@@ -170,7 +170,7 @@ def test_all_records_but_the_one_that_is_refused_arrive_in_the_same_invocation(
 def test_a_record_that_is_no_json_is_a_bug_where_it_is_added(extension, tmp_path):
     code = README.replace("batches.add(event)", "batches.add(float('nan'))")
     nan = extension_with(extension, tmp_path, code)
-    with ExtensionsApiServer([invoke()]) as api:
+    with FakeLambda([invoke()]) as api:
         status, _, stderr = end_of(nan, api, COLLECTOR_URL=NOWHERE)
     assert (status, "in process" in stderr, "ValueError" in stderr) == (1, True, True)
 
@@ -178,7 +178,7 @@ def test_a_record_that_is_no_json_is_a_bug_where_it_is_added(extension, tmp_path
 def test_a_bug_in_request_shows_its_traceback_and_ends_the_extension(extension, tmp_path):
     own = "class Own(Batches):\n    def request(self, texts):\n        1 / 0\n\nbatches = Own()"
     buggy = extension_with(extension, tmp_path, README.replace("batches = Batches()", own))
-    with ExtensionsApiServer([*events(100), hangs]) as api:
+    with FakeLambda([*events(100), hangs]) as api:
         status, _, stderr = end_of(buggy, api, COLLECTOR_URL=NOWHERE)
         assert [each.json["errorType"] for each in api.asked("exit/error")] == [
             "Extension.ZeroDivisionError"
@@ -249,7 +249,7 @@ def test_an_unusable_url_does_not_end_the_extension(address, batching):
     "environment", [{}, {"COLLECTOR_URL": ""}, {"COLLECTOR_URL": f"collector/{TOKEN}"}]
 )
 def test_a_missing_url_is_an_error_of_one_line_at_the_start(environment, batching):
-    with ExtensionsApiServer() as api:
+    with FakeLambda() as api:
         status, _, stderr = end_of(batching, api, **environment)
         assert status == 1
         assert stderr == f"[{NAME}] COLLECTOR_URL must be an http:// or https:// URL\n"
@@ -270,7 +270,7 @@ def test_connections_that_hang_do_not_stop_it_after_a_freeze(extension, tmp_path
     )
     frozen = extension_with(extension, tmp_path, code, "TIMEOUT_SECONDS = 30")
     answers = [hangs, hangs, hangs, answer()]
-    with Collector(*answers) as collector, ExtensionsApiServer([*events(5), hangs]) as api:
+    with Collector(*answers) as collector, FakeLambda([*events(5), hangs]) as api:
         with started(frozen, api, COLLECTOR_URL=collector.url):
             wait_until(lambda: len(api.asked("event/next")) == 6)
             wait_until(lambda: len(collector.requests) >= 4)
@@ -285,7 +285,7 @@ def test_a_clock_that_is_set_back_holds_back_neither_records_nor_an_invocation(e
     settings = "BATCH_RECORDS = 1; BATCH_SECONDS = 1000"
     set_back = extension_with(extension, tmp_path, code, settings)
     sent = [invoke("0"), invoke("1", passes=-3600), hangs]
-    with Collector(hangs, answer()) as collector, ExtensionsApiServer(sent) as api:
+    with Collector(hangs, answer()) as collector, FakeLambda(sent) as api:
         with started(set_back, api, COLLECTOR_URL=collector.url):
             wait_until(lambda: len(api.asked("event/next")) == 3)
             wait_until(lambda: len(collector.requests) == 2)
@@ -306,7 +306,7 @@ def test_a_collector_that_does_not_answer_within_five_seconds_is_asked_again(ext
     batching = extension_with(extension, tmp_path, code, "BATCH_SECONDS = 0.1")
     times = []
     with Collector(hangs, timed(times, answer)) as collector:
-        with ExtensionsApiServer([timed(times, invoke), hangs]) as api:
+        with FakeLambda([timed(times, invoke), hangs]) as api:
             with started(batching, api, COLLECTOR_URL=collector.url) as it:
                 wait_until(lambda: len(times) == 2)
                 assert f"[{NAME}] Records not sent yet: 1 (ReadTimeout)\n" in it.out
@@ -321,7 +321,7 @@ def test_the_number_of_hanging_senders_is_limited(extension, tmp_path):
     settings = "BATCH_SECONDS = 0.1; TIMEOUT_SECONDS = 0.3; MAX_HANGING_SENDERS = 2"
     many = extension_with(extension, tmp_path, README, settings)
     drips = FAILURES["drips"][0]  # faster than the time limit
-    with Collector(drips) as collector, ExtensionsApiServer([*[later] * 40, hangs]) as api:
+    with Collector(drips) as collector, FakeLambda([*[later] * 40, hangs]) as api:
         with started(many, api, COLLECTOR_URL=collector.url):
             wait_until(lambda: len(api.asked("event/next")) == 41, 60)
             assert len(collector.requests) == 3
@@ -343,7 +343,7 @@ def test_if_no_thread_can_be_started_the_sender_stays(extension, tmp_path):
 def test_a_collector_that_hangs_holds_an_invocation_for_a_second(batching):
     times = []
     asks = [*events(99), timed(times, invoke), timed(times)]
-    with Collector(hangs) as collector, ExtensionsApiServer(asks) as api:
+    with Collector(hangs) as collector, FakeLambda(asks) as api:
         with started(batching, api, COLLECTOR_URL=collector.url):
             wait_until(lambda: len(times) == 2)
     assert 0.9 < times[1] - times[0] < 2.5
@@ -358,7 +358,7 @@ def test_half_a_second_before_its_deadline_no_invocation_waits_for_a_collector_t
     times = []
     hurried = timed(times, lambda: invoke(seconds=0.7))
     with Collector(hangs) as collector:
-        with ExtensionsApiServer([*[hurried] * 4, timed(times)]) as api:
+        with FakeLambda([*[hurried] * 4, timed(times)]) as api:
             with started(patient, api, COLLECTOR_URL=collector.url):
                 wait_until(lambda: len(times) == 5)
     assert 0.19 < min(end - begin for begin, end in pairwise(times)) < 0.4
@@ -367,7 +367,7 @@ def test_half_a_second_before_its_deadline_no_invocation_waits_for_a_collector_t
 def test_with_a_collector_that_hangs_it_ends_within_the_two_seconds_that_lambda_allows(batching):
     times = []
     asks = [invoke(), timed(times, lambda: SHUTDOWN)]
-    with Collector(hangs) as collector, ExtensionsApiServer(asks) as api:
+    with Collector(hangs) as collector, FakeLambda(asks) as api:
         status, stdout, _ = end_of(batching, api, COLLECTOR_URL=collector.url)
         times.append(time.monotonic())
     assert (status, counted(stdout, "not confirmed before the end")) == (0, 2)
@@ -380,12 +380,12 @@ def shipping(extension, tmp_path):
     return extension_with(extension, tmp_path, SHIPPING)
 
 
-class TelemetryApi(ExtensionsApiServer):
+class TelemetryApi(FakeLambda):
     """Lambda, with a Telemetry API."""
 
     def __init__(self, events, subscribed=200):
         super().__init__(events)
-        self.answers["/2022-07-01/telemetry"] = [answer(subscribed)]
+        self.answers["/telemetry"] = [answer(subscribed)]
 
     @property
     def subscription(self):

@@ -6,12 +6,12 @@ import json
 import re
 import time
 
-from extensions_api_server import ExtensionsApiServer, answer, hangs, reset
+from fake_lambda import FakeLambda, answer, hangs, reset
 
 TOKEN = "secret"
 
 
-class Collector(ExtensionsApiServer):
+class Collector(FakeLambda):
     """Answers one batch after the other; the last answer repeats.
 
     A judge is a function that gets the request and returns the answer instead. The collector

@@ -1,4 +1,4 @@
-"""A Lambda Extensions API on loopback, scripted by the test.
+"""Lambda's APIs on loopback, scripted: for the tests, and for the benchmark.
 
 An answer is bytes, sent as they are, or a function that gets the connection (a socket) and does
 what it likes with it. An answer of None, or a function that raises OSError, ends the connection.
@@ -6,6 +6,7 @@ what it likes with it. An answer of None, or a function that raises OSError, end
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import socketserver
@@ -14,13 +15,14 @@ import threading
 import time
 import typing
 
-IDENTIFIER = "11111111-2222-3333-4444-555555555555"
+IDENTIFIER = "11111111-2222-3333-4444-555555555555"  # that the extension gets
+IN_THE_YEAR_2100 = 4_102_444_800_000  # as a deadline, in milliseconds: never
 
 
-def answer(status=200, body=b"", **headers):
+def answer(status=200, body: object = b"", **headers):
     """An HTTP answer as bytes. The body is bytes, or anything else that JSON can hold."""
     if not isinstance(body, bytes):
-        body = json.dumps(body).encode()
+        body, headers = json.dumps(body).encode(), {"Content_Type": "application/json"} | headers
     headers = {"Content_Length": len(body)} | headers
     lines = [
         f"HTTP/1.1 {status} Status",
@@ -30,7 +32,7 @@ def answer(status=200, body=b"", **headers):
 
 
 def invoke(request_id="request-1", seconds=3600, **more):
-    """An invocation that must end so many seconds later."""
+    """The event of an invocation that must end so many seconds later."""
     deadline = int((time.time() + seconds) * 1000)
     event = {"eventType": "INVOKE", "requestId": request_id, "deadlineMs": deadline}
     return answer(body=event | more)
@@ -48,7 +50,6 @@ def hangs(connection):
 
 REGISTERED = answer(body={"functionName": "f"}, Lambda_Extension_Identifier=IDENTIFIER)
 REPORTED = answer(202)
-IN_THE_YEAR_2100 = 4_102_444_800_000
 SHUTDOWN = answer(
     body={"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": IN_THE_YEAR_2100}
 )
@@ -59,8 +60,13 @@ class Request(typing.NamedTuple):
 
     method: str
     path: str
-    headers: http.client.HTTPMessage
+    head: bytes  # the header fields
     body: bytes
+
+    @property
+    def headers(self):
+        """The header fields, by their names, in any case."""
+        return http.client.parse_headers(io.BytesIO(self.head))
 
     @property
     def json(self):
@@ -69,16 +75,17 @@ class Request(typing.NamedTuple):
 
 
 class _Connection(socketserver.StreamRequestHandler):
+    """Reads the requests of one TCP connection, with little work, and sends the answers."""
+
     disable_nagle_algorithm = True
 
     def handle(self):
-        server, self.server.connections = self.server, self.server.connections + 1
+        server = self.server
+        assert isinstance(server, FakeLambda)
+        server.connections += 1
         with contextlib.suppress(OSError):
             while request_line := self.rfile.readline():
-                method, path, _ = request_line.decode().split()
-                headers = http.client.parse_headers(self.rfile)
-                body = self.rfile.read(int(headers.get("Content-Length", 0)))
-                request = Request(method, path, headers, body)
+                request = self._request(request_line)
                 server.requests.append(request)
                 answer = server.answer_to(request)
                 if answer is None:
@@ -88,15 +95,27 @@ class _Connection(socketserver.StreamRequestHandler):
                 else:
                     self.connection.sendall(answer)
 
+    def _request(self, request_line):
+        method, path, _ = request_line.decode().split()
+        head, content_length = b"", 0
+        while (field := self.rfile.readline()) not in (b"\r\n", b""):
+            head += field
+            name, _, value = field.partition(b":")
+            if name.lower() == b"content-length":
+                content_length = int(value)
+        return Request(method, path, head, self.rfile.read(content_length))
 
-class ExtensionsApiServer(socketserver.ThreadingTCPServer):
+
+class FakeLambda(socketserver.ThreadingTCPServer):
     """Answers each request with the next of the answers for its kind.
 
-    These are `register` for registrations, `events` for requests for events, and `report` for
-    reports. The last answer of each kind repeats. The server keeps the requests.
+    These are `events` for requests for events, `register` for registrations, and `report` for
+    reports of errors; `answers` may get more, {end of the path: [answer]}. The last answer of each
+    kind repeats. The server keeps the requests, and counts the connections.
     """
 
     daemon_threads = True
+    request_queue_size = 128
     # After a reset there is nothing to shut down.
     shutdown_request = socketserver.TCPServer.close_request
 
@@ -104,12 +123,13 @@ class ExtensionsApiServer(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Connection)
         self.address = f"127.0.0.1:{self.server_address[1]}"
         self.answers = {
-            "register": [*register],
-            "event/next": [*events] or [hangs],
-            "error": [report],
+            "/extension/register": [*register],
+            "/extension/event/next": [*events] or [hangs],
+            "/error": [report],
         }
-        self.requests, self.connections = [], 0
-        threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
+        self.requests: list[Request] = []
+        self.connections = 0
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
     def __exit__(self, *_):
         self.shutdown()
@@ -121,5 +141,5 @@ class ExtensionsApiServer(socketserver.ThreadingTCPServer):
         return answers.pop(0) if len(answers) > 1 else answers[0]
 
     def asked(self, path):
-        """The requests for a path, such as "register"."""
+        """The requests for a path of the Extensions API, such as "register"."""
         return [request for request in self.requests if request.path.endswith("/extension/" + path)]
