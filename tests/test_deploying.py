@@ -9,7 +9,7 @@ import urllib.parse
 
 import pytest
 from engine import DEFAULT_BASE_IMAGE, first_base_image
-from machine import CREDENTIALS, ROOT, run, tool, yaml_documents
+from machine import CREDENTIALS, ROOT, path_with, run, tool, yaml_documents
 from pages import code_blocks
 from sample import HELLO, NAME, RECEIVED, replace
 
@@ -59,12 +59,9 @@ def test_every_command_of_the_page_works(tmp_path, copy, shell):
     # AWS_ENDPOINT_URL needs a newer AWS CLI than Debian 12 has.
     aws = f'exec "{tool("aws")}" --endpoint-url http://127.0.0.1:{server.server_port} "$@"'
     docker = f'echo docker "$@" $([ "$1" != login ] || cat) >>"{tmp_path}/docker.log"'
-    for name, script in ("aws", aws), ("docker", docker), ("sleep", ":"):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
     pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     environment = pip | CREDENTIALS | {"HOME": str(tmp_path), "AWS_PAGER": ""}
-    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    environment["PATH"] = path_with(tmp_path, {"aws": aws, "docker": docker, "sleep": ":"})
     commands = code_blocks("docs/deploying.md", "With the AWS CLI")
     commands += code_blocks("docs/deploying.md", "As a layer")[:1]
     pasted = {"input": "".join(commands), "env": environment, "cwd": copy}

@@ -21,7 +21,7 @@ from pages import PAGES, code_blocks
 from sample import NAME, RECEIVED
 
 # To try more: FUZZ_CASES=5000 ./tests/run.sh -k responses
-CASES = int(os.environ.get("FUZZ_CASES", "300"))
+CASES = int(os.environ.get("FUZZ_CASES", "150"))
 KNOWN_PARTS = [
     b"HTTP/1.1 302 Found",
     b"HTTP/1.1 204 None",

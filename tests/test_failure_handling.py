@@ -3,6 +3,7 @@
 Each row of docs/failure-handling.md is a test here.
 """
 
+import contextlib
 import json
 import re
 import signal
@@ -23,7 +24,7 @@ from fake_lambda import (
     reset,
 )
 from machine import PROGRAMS, free_port, run, wait_until
-from sample import NAME, RECEIVED
+from sample import NAME
 
 NOT_TODAY = {"errorType": "Extension.SomeReason", "errorMessage": "not today"}
 
@@ -426,31 +427,33 @@ def test_a_signal_after_shutdown(obedient):
                 assert it.wait(20) == 0
 
 
-def stays_alive(obedient, do, logged):
-    """Asserts that the extension logs this line and goes on, after an event with this code."""
-    code = "\n".join(["import signal", *do])
-    with (
-        FakeLambda([invoke(do=code), hangs]) as api,
-        started(obedient, api) as it,
-    ):
-        wait_until(lambda: len(api.asked("event/next")) == 2)
-        assert f"] {logged}\n" in it.out
-        time.sleep(2)
+def goes_on(obedient, events, logged):
+    """Asserts that the extension goes on after events with these codes, [[line]].
+
+    It must log the lines that are given, and register no second time.
+    """
+    codes = ["\n".join(["import signal", *lines]) for lines in events]
+    answers = [*(invoke(do=code) for code in codes), hangs]
+    with FakeLambda([*answers]) as api, started(obedient, api) as it:
+        wait_until(lambda: len(api.asked("event/next")) == len(answers))
+        assert re.findall(r"\] (The .*)\n", it.out) == logged
+        time.sleep(2)  # longer than the watchdog waits
         assert it.poll() is None
         assert not api.asked("exit/error")
-        assert len(api.asked("event/next")) == 2
+        assert len(api.asked("event/next")) == len(answers)
+        assert len(api.asked("register")) == 1
         stops(it, stderr=None)
 
 
 def test_signals_that_are_not_for_the_extension(obedient):
-    ring = (
-        "signal.signal(signal.SIGALRM, lambda *_: log('Rang'))",
+    alarm = (
+        "signal.signal(signal.SIGALRM, lambda *_: log('The alarm rang'))",
         "signal.raise_signal(signal.SIGALRM)",
     )
-    stays_alive(obedient, ring, "Rang")
+    goes_on(obedient, [alarm], ["The alarm rang"])
 
 
-CHILD = (
+FORK = (
     "reader, writer = os.pipe()",
     "pid = os.fork()",
     "if pid == 0:",
@@ -463,21 +466,21 @@ CHILD = (
 )
 KILL_AT_ONCE = "os.kill(pid, signal.SIGTERM)"
 KILL_WHEN_READY = "os.read(reader, 1); os.kill(pid, signal.SIGTERM)"
+# What the child does, what its parent does, and the status with which the child ends.
+FORKS = [
+    ("pass", KILL_AT_ONCE, -signal.SIGTERM),
+    ("pass", KILL_WHEN_READY, -signal.SIGTERM),
+    ("signal.signal(signal.SIGTERM, lambda *_: os._exit(5))", KILL_WHEN_READY, 5),
+    ("sys.exit(0)", "pass", 0),
+    ("1 / 0", "pass", 1),
+]
 
 
-@pytest.mark.parametrize(
-    ("child", "parent", "status"),
-    [
-        ("pass", KILL_AT_ONCE, -signal.SIGTERM),
-        ("pass", KILL_WHEN_READY, -signal.SIGTERM),
-        ("signal.signal(signal.SIGTERM, lambda *_: os._exit(5))", KILL_WHEN_READY, 5),
-        ("sys.exit(0)", "pass", 0),
-        ("1 / 0", "pass", 1),
-    ],
-)
-def test_a_child_process_that_your_code_forks(obedient, child, parent, status):
-    code = [line.format(child=child, parent=parent) for line in CHILD]
-    stays_alive(obedient, code, f"The child ended with {status}")
+def test_a_child_process_that_your_code_forks(obedient):
+    codes = [
+        [line.format(child=child, parent=parent) for line in FORK] for child, parent, _ in FORKS
+    ]
+    goes_on(obedient, codes, [f"The child ended with {status:d}" for *_, status in FORKS])
 
 
 def test_a_child_process_that_returns_from_your_code(obedient):
@@ -486,47 +489,37 @@ def test_a_child_process_that_returns_from_your_code(obedient):
         "status = pid and os.wait()[1]",
         "pid and log(f'The child ended with {os.waitstatus_to_exitcode(status)}')",
     )
-    stays_alive(obedient, code, "The child ended with 0")
+    goes_on(obedient, [code], ["The child ended with 0"])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_child_processes_of_multiprocessing(extension, tmp_path, method):
-    code = extension.read_text().replace(f'f"{RECEIVED}: {{json.dumps(event)}}"', "children()")
-    children = [
-        "import multiprocessing, time",
-        "def sleep(): time.sleep(60)",
-        "def children():",
-        f"    context = multiprocessing.get_context('{method}')",
-        "    ended = context.Process(target=print, args=['Hello from the child'])",
-        "    ended.start()",
-        "    ended.join()",
-        "    killed = context.Process(target=sleep)",
-        "    killed.start()",
-        "    killed.terminate()",
-        "    killed.join()",
-        "    return f'Exit codes: {ended.exitcode} {killed.exitcode}'",
-    ]
-    code = code.replace("import json\n", "import json\n" + "\n".join(children) + "\n")
-    extension = variant(extension, tmp_path, {"extension.py": code})
-    with FakeLambda([invoke(), hangs]) as api, started(extension, api) as it:
-        wait_until(lambda: len(api.asked("event/next")) == 2)
-        assert "Hello from the child\n" in it.out
-        assert re.search(r"\] Exit codes: 0 (-15|0)\n", it.out)  # 0 if it is no fork
-        time.sleep(2)
-        assert it.poll() is None
-        assert len(api.asked("register")) == 1
+def test_child_processes_of_multiprocessing(obedient):
+    """One ends by itself, the other one by a SIGTERM: with -15, or by a handler of its own."""
+    code = (
+        "import multiprocessing",
+        "context = multiprocessing.get_context('{method}')",
+        "ends = context.Process(target=print, args=['Hello from the child'])",
+        "sleeps = context.Process(target=time.sleep, args=[60])",
+        "ends.start(); ends.join()",
+        "sleeps.start(); sleeps.terminate(); sleeps.join()",
+        "log(f'The children ended: {{ends.exitcode == 0 and sleeps.exitcode in (0, -15)}}')",
+    )
+    methods = "fork", "spawn", "forkserver"
+    codes = [[line.format(method=method) for line in code] for method in methods]
+    goes_on(obedient, codes, ["The children ended: True"] * 3)
 
 
-@pytest.mark.parametrize("suspended", [0.1, 1])
-def test_a_signal_while_it_is_suspended(obedient, suspended):
+def test_a_signal_while_it_is_suspended(obedient):
     """When a process goes on, any of its threads may get the signal, not only the main one."""
-    for _ in range(6):
-        with FakeLambda() as api, started(obedient, api) as it:
-            wait_until(lambda api=api: api.asked("event/next"))
+    with FakeLambda() as api, contextlib.ExitStack() as stack:
+        extensions = [stack.enter_context(started(obedient, api)) for _ in range(6)]
+        wait_until(lambda: len(api.asked("event/next")) == len(extensions))
+        for it in extensions:
             it.send_signal(signal.SIGSTOP)
-            time.sleep(suspended)
+        time.sleep(0.5)
+        for it in extensions:
             it.terminate()
             it.send_signal(signal.SIGCONT)
+        for it in extensions:
             assert (it.wait(20), it.received) == (0, ["SHUTDOWN"])
 
 

@@ -17,7 +17,16 @@ from pathlib import Path
 
 import pytest
 from engine import DEFAULT_BASE_IMAGE, first_base_image
-from machine import ROOT, free_port, processes_of, run, tool, wait_until
+from machine import (
+    ROOT,
+    free_port,
+    path_with,
+    path_without,
+    processes_of,
+    run,
+    tool,
+    wait_until,
+)
 from running import running
 from sample import HELLO, NAME
 
@@ -26,20 +35,6 @@ def script(sample, *arguments, **environment):
     """Runs the run script to its end."""
     command = sample / f"{NAME}.sh", "-p", free_port(), *arguments
     return run(*command, env=os.environ | environment, timeout=120)
-
-
-def path_with(folder, name, program):
-    """A PATH with the commands of this machine, except for one.
-
-    A program for sh takes its place, or nothing does if the program is None.
-    """
-    for place in filter(os.path.isdir, reversed(os.environ["PATH"].split(":"))):
-        run("cp", "-asf", f"{place}/.", folder)
-    (folder / name).unlink(missing_ok=True)
-    if program:
-        (folder / name).write_text(f"#!/bin/sh\n{program}\n")
-        (folder / name).chmod(0o755)
-    return str(folder)
 
 
 def last_line(ran, status=1):
@@ -101,7 +96,7 @@ def test_a_usage_error_prints_one_line_and_exits_2(sample, arguments):
 def test_it_says_what_cannot_run_without_docker(
     sample, tmp_path, command, program, arguments, reason
 ):
-    path = path_with(tmp_path, command, program)
+    path = path_with(tmp_path, {command: program})
     line = last_line(script(sample, "--no-docker", *arguments, PATH=path))
     assert line.startswith(f"{NAME}: {reason}")
 
@@ -115,7 +110,8 @@ def test_python_3_10_is_the_oldest_that_runs_it(version, status):
 
 
 def test_the_error_of_a_python_that_fails_is_shown_first(sample, tmp_path):
-    path = path_with(tmp_path, "python3", "echo pyenv: version 3.9.99 is not installed >&2; exit 1")
+    fails = "echo pyenv: version 3.9.99 is not installed >&2; exit 1"
+    path = path_with(tmp_path, {"python3": fails})
     ran = script(sample, "--no-docker", PATH=path)
     assert ran.stderr.startswith("pyenv: version 3.9.99 is not installed\n")
     assert last_line(ran).startswith(f"{NAME}: this needs Python 3.10 or newer")
@@ -138,9 +134,13 @@ def test_the_error_of_a_python_that_fails_is_shown_first(sample, tmp_path):
     ],
 )
 def test_it_falls_back_and_says_why_unless_docker_is_asked_for(
-    sample, folder, docker, environment, reason
+    sample, tmp_path, docker, environment, reason
 ):
-    environment = environment | {"PATH": path_with(folder / "bin", "docker", docker)}
+    if docker is None:
+        path = path_without(tmp_path, "docker")
+    else:
+        path = path_with(tmp_path, {"docker": docker})
+    environment = environment | {"PATH": path}
     with running(sample, **environment) as it:
         said = f"{NAME}: running without Docker, on this machine: {reason}"
         own_words, is_said, _ = it.output.partition(said)
@@ -152,7 +152,7 @@ def test_it_falls_back_and_says_why_unless_docker_is_asked_for(
 
 def hanging_docker(folder, command):
     """A PATH with an engine that hangs at a command, and does nothing at the others."""
-    return path_with(folder, "docker", f"""case "$1 $2" in "{command}"*) exec sleep 600 ;; esac""")
+    return path_with(folder, {"docker": f'case "$1 $2" in "{command}"*) exec sleep 600 ;; esac'})
 
 
 @pytest.mark.parametrize("command", ["version", "image inspect"])
@@ -177,7 +177,8 @@ def test_a_container_does_not_survive_its_client(sample, engine):
 
 def test_a_failing_docker_stop_is_followed_by_docker_kill(sample, engine, tmp_path):
     docker = tool("docker")
-    path = path_with(tmp_path, "docker", f'[ "$1" != stop ] || exit 1; exec "{docker}" "$@"')
+    fails = f'[ "$1" != stop ] || exit 1; exec "{docker}" "$@"'
+    path = path_with(tmp_path, {"docker": fails})
     with running(sample, "--docker", PATH=path, BASE_IMAGE=first_base_image()) as it:
         assert it.stop() == 0
         wait_until(lambda: is_gone(it, sample))
@@ -194,7 +195,7 @@ def test_a_kill_while_the_engine_hangs_leaves_nothing_running(copy, tmp_path, co
 
 
 def test_it_listens_on_port_8080_of_loopback_unless_told_otherwise(sample, tmp_path):
-    path = path_with(tmp_path, "docker", '[ "$1" != run ] || { echo "$@"; exit 1; }')
+    path = path_with(tmp_path, {"docker": '[ "$1" != run ] || { echo "$@"; exit 1; }'})
     ran = run(sample / f"{NAME}.sh", "--docker", env=os.environ | {"PATH": path})
     published = "--publish 127.0.0.1:8080:8080 " in ran.stdout
     assert published or "port 8080 is in use on 127.0.0.1" in ran.stderr
@@ -216,9 +217,8 @@ def test_while_the_port_does_not_answer_it_says_so_and_a_signal_ends_it(sample):
 
 def test_an_engine_that_hangs_when_the_run_ends_does_not_hang_the_run(sample, engine, tmp_path):
     docker = tool("docker")
-    path = path_with(
-        tmp_path, "docker", f'[ "$1" != stop ] || exec sleep 600; exec "{docker}" "$@"'
-    )
+    hangs = f'[ "$1" != stop ] || exec sleep 600; exec "{docker}" "$@"'
+    path = path_with(tmp_path, {"docker": hangs})
     with running(sample, "--docker", PATH=path, BASE_IMAGE=first_base_image()) as it:
         container = it.container
         assert it.stop() == 0
@@ -362,9 +362,8 @@ def test_a_killed_run_with_the_daemon_leaves_nothing_running(start, copy, stand_
 
 def test_what_it_asks_of_docker(sample, tmp_path):
     log = tmp_path / "log"
-    path = path_with(
-        tmp_path, "docker", f'echo "$@" BUILDX_BUILDER=${{BUILDX_BUILDER-none}} >>"{log}"'
-    )
+    program = f'echo "$@" BUILDX_BUILDER=${{BUILDX_BUILDER-none}} >>"{log}"'
+    path = path_with(tmp_path, {"docker": program})
     environment = {name: value for name, value in os.environ.items() if name != "BASE_IMAGE"}
     script = sample / f"{NAME}.sh"
     environment |= {"PATH": path, "BUILDX_BUILDER": "other"}

@@ -18,7 +18,7 @@ from sample import HELLO, NAME, RECEIVED, once, rename, replace
 TIMEOUT = 5  # enough for a cold start on a busy machine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(start, sample):
     """The sample, running, for tests that only invoke it."""
     with start(sample) as it:

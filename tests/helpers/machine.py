@@ -110,6 +110,22 @@ class Logged(subprocess.Popen):
     output = property(lambda self: self.out + self.err)
 
 
+def path_with(folder, programs):
+    """A PATH whose first folder has these commands, {name: program for sh}."""
+    for name, program in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{program}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def path_without(folder, name):
+    """A PATH with the commands of this machine, as links in that folder, except for one."""
+    for place in filter(os.path.isdir, reversed(os.environ["PATH"].split(":"))):
+        run("cp", "-asf", f"{place}/.", folder)
+    (folder / name).unlink(missing_ok=True)
+    return str(folder)
+
+
 def wait_until(condition, seconds=20):
     """Waits until condition() is true, and returns what it returned."""
     deadline = time.monotonic() + seconds

@@ -23,4 +23,5 @@ def process(event):
     log("Done")
 
 
-run(process, lambda: do(os.environ.get("AT_INIT")))
+if __name__ == "__main__":
+    run(process, lambda: do(os.environ.get("AT_INIT")))
