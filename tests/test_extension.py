@@ -107,7 +107,7 @@ def test_asks_for_the_first_event_when_init_has_returned(obedient):
         FakeLambda([asked]) as api,
         started(obedient, api, AT_INIT="log('Initialized')") as it,
     ):
-        assert it.wait(20) == 0
+        assert it.wait(60) == 0
     assert re.findall("Registered|Initialized|SHUTDOWN", *printed) == ["Registered", "Initialized"]
 
 

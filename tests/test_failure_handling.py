@@ -141,7 +141,7 @@ def test_standard_output_read_slowly(obedient):
     slowly = "bash", "-c", 'exec "$@" > >(sleep 1; cat)', "bash"
     events = invoke(do=f"{ring}; log('x' * 200_000)"), SHUTDOWN
     with FakeLambda(events) as api, started(obedient, api, slowly) as it:
-        assert it.wait(20) == 0
+        assert it.wait(60) == 0
         wait_until(lambda: f"\n[{NAME}] {'x' * 200_000}\n" in it.out)
 
 
@@ -253,7 +253,7 @@ def test_a_bug_in_process_at_shutdown(obedient):
     with FakeLambda() as api, started(obedient, api, AT_SHUTDOWN="1 / 0") as it:
         wait_until(lambda: api.asked("event/next"))
         it.terminate()
-        assert it.wait(20) == 1
+        assert it.wait(60) == 1
         assert reported(api)["errorType"] == "Extension.ZeroDivisionError"
         assert it.err.count("Traceback") == 1
 
@@ -363,7 +363,7 @@ def test_a_signal_before_run(extension, tmp_path, signum):
     with FakeLambda() as api, started(slow, api) as it:
         wait_until(lambda: "Begun" in it.out)
         it.send_signal(signum)
-        assert (it.wait(20), it.out, it.err) == (0, "Begun\n", "")
+        assert (it.wait(60), it.out, it.err) == (0, "Begun\n", "")
         assert not api.requests
 
 
@@ -424,7 +424,7 @@ def test_a_signal_after_shutdown(obedient):
                 wait_until(lambda it=it: "Done" in it.out)
                 time.sleep(delay / 1000)
                 it.terminate()
-                assert it.wait(20) == 0
+                assert it.wait(60) == 0
 
 
 def goes_on(obedient, events, logged):
@@ -459,7 +459,7 @@ FORK = (
     "if pid == 0:",
     "    {child}",
     "    os.write(writer, b'ready')",
-    "    time.sleep(60)",
+    "    for _ in range(600): time.sleep(0.1)",  # a signal just before a sleep waits for its end
     "{parent}",
     "_, status = os.wait()",
     "log(f'The child ended with {{os.waitstatus_to_exitcode(status)}}')",
@@ -520,7 +520,7 @@ def test_a_signal_while_it_is_suspended(obedient):
             it.terminate()
             it.send_signal(signal.SIGCONT)
         for it in extensions:
-            assert (it.wait(20), it.received) == (0, ["SHUTDOWN"])
+            assert (it.wait(60), it.received) == (0, ["SHUTDOWN"])
 
 
 def test_a_signal_at_any_moment_between_two_events(extension):

@@ -194,6 +194,19 @@ def test_the_layer_holds_extension_and_launcher_for_any_cpu_and_bytecode_for_any
         assert compiled.startswith(importlib.util.MAGIC_NUMBER + unchecked_hash)
 
 
+def test_the_same_input_makes_the_same_layer(folder, layer):
+    archive = folder / "renamed" / "layer.zip"
+    before = archive.read_bytes()
+    for file in archive.parent.rglob("*.py"):
+        os.utime(file)
+    assert run(archive.parent / "scripts" / "build-layer").returncode == 0
+    assert archive.read_bytes() == before
+
+
+def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
+    runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)
+
+
 def test_no_layer_and_no_folder_is_left_when_pip_refuses_a_dependency(copy, tmp_path):
     (copy / "layer.zip").write_text("of an earlier build")
     replace(copy / NAME / "requirements.txt", "--hash=", "# ")
@@ -239,16 +252,6 @@ def test_a_variable_of_pip_counts_more_than_its_configuration(tmp_path):
     assert "http://" not in installed.stdout
 
 
-def test_the_same_input_makes_the_same_layer(copy):
-    layers = set()
-    for _ in range(2):
-        assert run(copy / "scripts" / "build-layer").returncode == 0
-        layers.add((copy / "layer.zip").read_bytes())
-        for file in copy.rglob("*.py"):
-            os.utime(file)
-    assert len(layers) == 1
-
-
 @pytest.mark.slow
 def test_update_pins_adds_a_package_leaves_other_pins_alone_and_refuses_one_without_wheels(copy):
     tool("uv")
@@ -264,7 +267,3 @@ def test_update_pins_adds_a_package_leaves_other_pins_alone_and_refuses_one_with
         after = lock_file.read_text().splitlines()
         assert {*before} <= {*after}
         assert [line for line in after if line.startswith("tomli==")]
-
-
-def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
-    runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)

@@ -128,7 +128,7 @@ def test_a_second_invocation_at_once_ends_the_emulator_and_the_run(start, evalua
         wait_until(lambda: it.received)
         with contextlib.suppress(OSError, http.client.HTTPException):
             it.invoke()
-        assert it.wait(20) == 1
+        assert it.wait(60) == 1
         what = "the container" if start.option == "--docker" else "aws-lambda-rie"
         assert it.output.endswith(f"{NAME}: {what} ended with status 2; see its output above\n")
 
@@ -162,6 +162,7 @@ def test_rename_changes_every_mention_except_of_awss_example_and_leaves_git_alon
         assert again.returncode == (1 if name == "tests" else 2)
 
 
+@pytest.mark.usefixtures("shares_installed")
 def test_renamed_files_and_one_line_make_it_another_extension(start, copy):
     rename(copy, "my-own-extension")
     replace(copy / "my-own-extension" / "extension.py", RECEIVED, "My own code got")

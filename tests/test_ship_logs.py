@@ -515,17 +515,25 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("bodies", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("when", ["before the event", "after it"])
-def test_no_invocation_is_held_for_an_end_that_does_not_arrive(shipping, bodies, when):
+ALREADY_LOST = "a record cut into two requests", "a record that is not quoted", "dropped records"
+
+
+@pytest.mark.parametrize(
+    ("loss", "when"),
+    [
+        *((loss, "after the event") for loss in LOSSES),
+        *((loss, "before it") for loss in ALREADY_LOST),
+    ],
+)
+def test_no_invocation_is_held_for_an_end_that_does_not_arrive(shipping, loss, when):
     """The invocation may take an hour, and another record arrives that shows that it goes on."""
 
     def deliver(connection):
         api.deliver(records_of(0, ["platform.start"]))
-        if when == "before the event":
+        if when == "before it":
             api.deliver(bodies[0])
         connection.sendall(invoke("0"))
-        for body in bodies[1 if when == "before the event" else 0 :]:
+        for body in bodies[1 if when == "before it" else 0 :]:
             api.deliver(body)
         released.append(time.time())
 
@@ -533,13 +541,13 @@ def test_no_invocation_is_held_for_an_end_that_does_not_arrive(shipping, bodies,
         released.append(time.time())
         connection.sendall(SHUTDOWN)
 
-    released = []
+    bodies, released = LOSSES[loss], []
     with Collector(answer()) as collector, TelemetryApi([deliver, asks_again]) as api:
         status, stdout, stderr = end_of(shipping, api, COLLECTOR_URL=collector.url)
     assert (status, stderr) == (0, "")
     lines = [line for line in stdout.splitlines() if "elemetry" in line]
     assert len(lines) == len(bodies)
-    if bodies != LOSSES["dropped records"]:
+    if loss != "dropped records":
         unreadable = [it["record"] for it in collector.records if it["type"] == "unreadable"]
         assert unreadable == [body.decode(errors="replace") for body in bodies]
 
@@ -605,7 +613,7 @@ def test_the_end_of_an_invocation_is_noticed_without_polling(shipping):
             time.sleep(2)
             assert context_switches(it.pid) - before < 20
             api.deliver(records_of(0, ["platform.runtimeDone"]))
-            assert it.wait(20) == 0
+            assert it.wait(60) == 0
 
 
 def context_switches(pid):
@@ -669,7 +677,7 @@ def test_four_thousand_records_at_shutdown_arrive_at_a_slow_collector(shipping):
     assert (len(collector.records), counted(stdout, "dropped")) == (4000, 0)
 
 
-@pytest.mark.parametrize(("size", "number"), [(250_000, 40), (20_000, 400), (100, 30_000)])
+@pytest.mark.parametrize(("size", "number"), [(250_000, 20), (20_000, 400), (100, 10_000)])
 @pytest.mark.parametrize("seconds", [0, 0.05], ids=["at once", "after 50 ms"])
 def test_every_line_arrives_once_at_a_collector_that_answers(shipping, size, number, seconds):
     def slowly(connection):

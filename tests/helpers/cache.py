@@ -73,18 +73,22 @@ def extension_packages():
     return made_once("extension", install, EXTENSION_PINS)
 
 
-def copy_installed(sample):
-    """Gives that copy of the sample what another copy's first run without Docker has installed."""
-    for kept in CACHE.glob("installed-*"):
-        copy = sample / ".run" / kept.name.removeprefix("installed-")
-        if not copy.exists():
-            shutil.copytree(kept, copy, symlinks=True)
+def share_installed(sample):
+    """Moves what runs of that copy of the sample have installed into the cache.
 
-
-def keep_installed(sample):
-    """Keeps what the first run of that copy has installed, in place of what was kept before."""
-    for outdated in CACHE.glob("installed-*"):
-        shutil.rmtree(sample / ".run" / outdated.name.removeprefix("installed-"))
-        shutil.rmtree(outdated)
-    (installed,) = sample.glob(f".run/{NAME}-*")
-    shutil.copytree(installed, CACHE / f"installed-{installed.name}", symlinks=True)
+    Then links everything of that kind from the cache into the copy, so that runs find it.
+    """
+    deciding = *PINS, PIP_INSTALL, ROOT / "scripts" / "run_without_docker.py"
+    shared = made_once("installed", Path.mkdir, *deciding)
+    runs = sample / ".run"
+    runs.mkdir(exist_ok=True)
+    with locked():
+        for installed in runs.glob("*-*"):
+            if not installed.is_symlink() and not (shared / installed.name).exists():
+                new = CACHE / "new"
+                shutil.rmtree(new, ignore_errors=True)  # of tests that were killed
+                shutil.move(installed, new)
+                new.rename(shared / installed.name)
+        for installed in shared.iterdir():
+            if not (runs / installed.name).exists():
+                (runs / installed.name).symlink_to(installed)

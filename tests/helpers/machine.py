@@ -119,14 +119,17 @@ def path_with(folder, programs):
 
 
 def path_without(folder, name):
-    """A PATH with the commands of this machine, as links in that folder, except for one."""
-    for place in filter(os.path.isdir, reversed(os.environ["PATH"].split(":"))):
-        run("cp", "-asf", f"{place}/.", folder)
-    (folder / name).unlink(missing_ok=True)
-    return str(folder)
+    """A PATH without a command. That folder gets links to the other commands that are beside it."""
+    places = os.environ["PATH"].split(":")
+    for number, place in enumerate(places):
+        if os.path.exists(f"{place}/{name}"):
+            run("cp", "-as", f"{place}/.", folder / str(number))
+            (folder / str(number) / name).unlink()
+            places[number] = f"{folder}/{number}"
+    return ":".join(places)
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=60):
     """Waits until condition() is true, and returns what it returned."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):

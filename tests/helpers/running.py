@@ -140,17 +140,21 @@ def start(request):
 @pytest.fixture(scope="session")
 def installed_sample(sample):
     """The copy of the sample, after its first run without Docker."""
-    cache.pip_settings()  # before it needs the same lock
-    with cache.locked():
-        runs = sample / ".run"
-        runs.mkdir(exist_ok=True)
-        runs.chmod(0o755)  # other users' copies link to what it contains
-        cache.copy_installed(sample)
-        with running(sample, "--no-docker") as it:
-            has_installed = "installing" in it.output
-        if has_installed:
-            cache.keep_installed(sample)
-    return sample
+    cache.pip_settings()
+    with cache.locked("installation"):  # one process installs for all
+        cache.share_installed(sample)
+        with running(sample, "--no-docker"):
+            pass
+        cache.share_installed(sample)
+    yield sample
+    cache.share_installed(sample)  # what another Python needed
+
+
+@pytest.fixture
+def shares_installed(installed_sample, copy):
+    """Lets the copy for this test share what its runs install."""
+    yield
+    cache.share_installed(copy)
 
 
 @pytest.fixture(scope="session")

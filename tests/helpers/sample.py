@@ -22,7 +22,7 @@ def copy_sample(folder, sample=ROOT):
     copy = Path(shutil.copytree(sample, folder, ignore=ignore))
     if sample != ROOT:
         (copy / ".run").mkdir()
-        for installed in sample.glob(f".run/{NAME}-*"):
+        for installed in sample.glob(".run/*-*"):
             (copy / ".run" / installed.name).symlink_to(installed)
     return copy
 
