@@ -134,20 +134,20 @@ def test_the_error_of_a_python_that_fails_is_shown_first(sample, tmp_path):
     ],
 )
 def test_it_falls_back_and_says_why_unless_docker_is_asked_for(
-    sample, tmp_path, docker, environment, reason
+    installed_sample, tmp_path, docker, environment, reason
 ):
     if docker is None:
         path = path_without(tmp_path, "docker")
     else:
         path = path_with(tmp_path, {"docker": docker})
     environment = environment | {"PATH": path}
-    with running(sample, **environment) as it:
+    with running(installed_sample, **environment) as it:
         said = f"{NAME}: running without Docker, on this machine: {reason}"
         own_words, is_said, _ = it.output.partition(said)
         assert is_said
         assert (own_words == "permission denied\n") == ("permission" in (docker or ""))
         assert it.invoke() == HELLO
-    assert reason in last_line(script(sample, "--docker", **environment))
+    assert reason in last_line(script(installed_sample, "--docker", **environment))
 
 
 def hanging_docker(folder, command):
