@@ -15,7 +15,7 @@ venv() {
     echo "Installing the $(grep -c == "$1") packages of $1 into $2, once"
     rm -rf "$2"
     python3 -m venv --without-pip "$2"
-    python3 scripts/pip_install.py "$1" --for "$2/bin/python3" --ignore-installed
+    python3 scripts/pip_install.py "$1" --for "$2/bin/python3" --ignore-installed --no-compile
     echo "$made_for" >"$2/made-for"
 }
 

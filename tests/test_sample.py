@@ -10,9 +10,9 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-import boto3
 import pytest
-from machine import CREDENTIALS, processes_of, run, tool, wait_until
+from machine import CREDENTIALS, path_with, processes_of, run, tool, wait_until
+from pages import code_blocks
 from sample import HELLO, NAME, RECEIVED, once, rename, replace
 
 TIMEOUT = 5  # enough for a cold start on a busy machine
@@ -49,24 +49,29 @@ def test_curl_gets_hello_from_lambda(shared):
     assert curl(shared) == (json.dumps(HELLO), 200)
 
 
+def shown_way_to_invoke(it, language):
+    """The code of the page about invoking it with the AWS CLI or an SDK, for this run's port."""
+    (code,) = code_blocks(
+        "docs/running-locally.md", "Invoke it with the AWS CLI or an SDK", language
+    )
+    return code.replace("http://localhost:8080", it.endpoint)
+
+
 @pytest.mark.slow
 def test_the_aws_cli_gets_hello_from_lambda(shared, tmp_path):
-    answer = tmp_path / "answer.json"
-    command = [tool("aws"), "lambda", "invoke", "--function-name", "function"]
-    if "aws-cli/1" not in run(tool("aws"), "--version").stdout:
-        command += ["--cli-binary-format", "raw-in-base64-out"]
-    command += ["--payload", '{"key": "value"}', "--endpoint-url", shared.endpoint, answer]
-    invoked = run(*command, env=os.environ | CREDENTIALS)
-    assert invoked.returncode == 0, invoked.stderr
-    assert json.loads(answer.read_text()) == HELLO
+    code = shown_way_to_invoke(shared, "sh")
+    if "aws-cli/1" in run(tool("aws"), "--version").stdout:
+        code = code.replace("--cli-binary-format raw-in-base64-out ", "")
+    path = path_with(tmp_path, {"aws": f'exec "{tool("aws")}" "$@"'})
+    invoked = run("sh", "-c", code, cwd=tmp_path, env=os.environ | {"PATH": path})
+    assert invoked.stdout.endswith(json.dumps(HELLO)), invoked.stderr
 
 
-def test_boto3_gets_hello_from_lambda(shared, monkeypatch):
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("lambda", endpoint_url=shared.endpoint)
-    answer = client.invoke(FunctionName="function", Payload=json.dumps({"key": "value"}))
-    assert (answer["StatusCode"], json.load(answer["Payload"])) == (200, HELLO)
+@pytest.mark.slow
+def test_boto3_gets_hello_from_lambda(shared):
+    program = tool("python3"), "-c", shown_way_to_invoke(shared, "python")
+    invoked = run(*program, env=os.environ | CREDENTIALS)
+    assert invoked.stdout == f"{json.dumps(HELLO).encode()}\n", invoked.stderr
 
 
 def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared):

@@ -88,6 +88,10 @@ def share_installed(sample):
                 new = CACHE / "new"
                 shutil.rmtree(new, ignore_errors=True)  # of tests that were killed
                 shutil.move(installed, new)
+                for emulator in [*shared.glob("*/aws-lambda-rie")][:1]:
+                    # By far the largest file, and the same in every installation.
+                    (new / emulator.name).unlink()
+                    (new / emulator.name).hardlink_to(emulator)
                 new.rename(shared / installed.name)
         for installed in shared.iterdir():
             if not (runs / installed.name).exists():
