@@ -50,10 +50,9 @@ def test_curl_gets_hello_from_lambda(shared):
 
 
 def shown_way_to_invoke(it, language):
-    """The code of the page about invoking it with the AWS CLI or an SDK, for this run's port."""
-    (code,) = code_blocks(
-        "docs/running-locally.md", "Invoke it with the AWS CLI or an SDK", language
-    )
+    """The code that the page shows for it, with this run's port."""
+    title = "Invoke it with the AWS CLI or an SDK"
+    (code,) = code_blocks("docs/running-locally.md", title, language)
     return code.replace("http://localhost:8080", it.endpoint)
 
 
