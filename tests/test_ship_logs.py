@@ -128,7 +128,7 @@ KINDS_OF_FAILURE = "answers 500", "redirects", "resets", "speaks no HTTP", "hang
 
 
 @pytest.mark.parametrize(
-    "failure, reason", map(FAILURES.get, KINDS_OF_FAILURE), ids=KINDS_OF_FAILURE
+    "failure, reason", [FAILURES[kind] for kind in KINDS_OF_FAILURE], ids=KINDS_OF_FAILURE
 )
 def test_it_goes_on_with_a_collector_that_always(failure, reason, small):
     """It tries at the tenth record, and at the last one; if it gets no answer, once more."""
