@@ -19,7 +19,7 @@ import pytest
 from engine import build, first_base_image
 from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until, yaml_documents
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
-from sample import HELLO, NAME, copy_sample, evaluate, once, replace
+from sample import HELLO, NAME, copy_sample, evaluate, obey, once
 
 CREDENTIALS = {"AMQP_USERNAME": USERNAME, "AMQP_PASSWORD": PASSWORD}
 TIMEOUT = {"AWS_LAMBDA_FUNCTION_TIMEOUT": "4"}
@@ -114,15 +114,17 @@ def test_without_a_broker_http_works_concurrently_until_the_run_ends_with_a_shut
         it.ends_cleanly()
 
 
-@pytest.mark.parametrize(("indent", "where"), [("", "from lifecycle"), ("    ", "log(f")])
-def test_an_extension_that_dies_at_its_start_or_with_an_event_is_started_again(
-    start, copy, tmp_path, indent, where
-):
-    line = once(tmp_path, "os._exit(1)")
-    extension = copy / NAME / "extension.py"
-    replace(extension, f"{indent}{where}", f"{indent}{line}{indent}{where}")
-    replace(extension, '."""\n\n', '."""\n\nimport os\n', count=1)
-    with start(copy, LAMBDA_RUNTIME_API_DAEMON=real_daemon(), AMQP_URI="", **TIMEOUT) as it:
+@pytest.mark.parametrize("when", ["at its start", "with an event"])
+def test_an_extension_that_dies_is_started_again(start, copy, tmp_path, when):
+    dies = once(tmp_path, "os._exit(1)")
+    extension = obey(copy) / NAME / "extension.py"
+    words = []
+    if when == "at its start":
+        extension.write_text(dies + extension.read_text())
+    else:
+        words = ["-e", f"AT_INVOKE={dies}"]
+    daemon = real_daemon()
+    with start(copy, *words, LAMBDA_RUNTIME_API_DAEMON=daemon, AMQP_URI="", **TIMEOUT) as it:
 
         def answer():
             with contextlib.suppress(OSError):  # the invocation that started it gets no answer

@@ -34,19 +34,25 @@ def replace(file, before, after, count=-1):
     file.write_text(text.replace(before, after, count))
 
 
-def once(folder, statement):
-    """A line of Python that executes the statement the first time only, in a container or here.
-
-    The file that gets this line must import os.
-    """
+def once(folder, call):
+    """A line of Python that makes the call the first time only, in a container or here."""
     done = str(folder / "done")
-    return f"if not os.path.exists({done!r}): os.makedirs({done!r}); {statement}\n"
+    return f"import os; os.path.exists({done!r}) or (os.makedirs({done!r}), {call})\n"
 
 
 def rename(sample, name):
     """Renames a copy as the README says."""
     renamed = run(sample / "scripts" / "rename", name)
     assert (renamed.returncode, renamed.stderr) == (0, "")
+
+
+def obey(sample):
+    """Gives a copy an extension that does what its variables say: AT_INIT, AT_INVOKE, AT_SHUTDOWN.
+
+    Returns the copy.
+    """
+    shutil.copy(PROGRAMS / "obedient_extension.py", sample / NAME / "extension.py")
+    return sample
 
 
 def evaluate(sample):

@@ -17,9 +17,9 @@ def do(what, event=None):
 
 def process(event):
     log(f"Received event: {json.dumps(event)}")
+    event_type = event.get("eventType")
     do(event.get("do"), event)
-    if event.get("eventType") == "SHUTDOWN":
-        do(os.environ.get("AT_SHUTDOWN"), event)
+    do(os.environ.get(f"AT_{event_type}"), event)
     log("Done")
 
 
