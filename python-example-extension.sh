@@ -126,6 +126,7 @@ if [ -n "$daemon" ]; then
     unset AWS_LAMBDA_MAX_CONCURRENCY # it is for the emulator, and would change the runtime
 fi
 
+: "${AWS_LAMBDA_FUNCTION_NAME:=$name}"
 for variable in AWS_LAMBDA_FUNCTION_MEMORY_SIZE AWS_LAMBDA_FUNCTION_TIMEOUT \
     AWS_LAMBDA_MAX_CONCURRENCY ${daemon:+MAX_CONCURRENCY}; do
     if [ -z "${!variable:-}" ]; then

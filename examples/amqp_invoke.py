@@ -83,6 +83,8 @@ def main() -> None:
         help="limit for everything, from the connection to the answer (default: 30)",
     )
     options = parser.parse_intermixed_args()
+    if not 0 < options.timeout <= threading.TIMEOUT_MAX:
+        parser.error("--timeout takes more than 0 seconds, and not centuries")
     uri = os.environ.get("AMQP_URI", "amqp://localhost")
     try:
         uri.index("://")  # without a scheme pika takes it for something else
@@ -98,7 +100,8 @@ def main() -> None:
             channel = connection.channel()
             channel.confirm_delivery()
             event = options.event.encode()
-            print(invoke(channel, options.function, event, options.timeout).decode())
+            answer = invoke(channel, options.function, event, options.timeout)
+            sys.stdout.buffer.write(answer + b"\n")
     except pika.exceptions.UnroutableError:
         sys.exit(f"nothing serves the function {options.function}: it has no queue at {broker}")
     except TimeoutError as error:

@@ -399,8 +399,8 @@ def test_the_client_prints_its_own_answer(rabbitmq, function, arguments, event, 
     assert request.reply_to.startswith("amq.gen-")  # a name that no other client has
     assert (body, request.content_type) == (event, "application/json")
     assert request.expiration == expiration
-    function.answer(request, b"the answer")
-    assert (ran.result().returncode, ran.result().stdout) == (0, "the answer\n")
+    function.answer(request, "die Antwort: ü".encode())
+    assert (ran.result().returncode, ran.result().stdout) == (0, "die Antwort: ü\n")
 
 
 def test_one_channel_serves_several_invocations_and_leaves_no_queue(rabbitmq, function):
@@ -425,6 +425,16 @@ def test_nobody_else_can_read_the_answers_or_extend_the_wait(rabbitmq, function)
         time.sleep(0.1)
     assert ran.result(0).returncode == 1
     assert ran.result().stderr == f"no answer from {function.queue} within 1.0 s\n"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "1e300", "nan", "soon"])
+def test_the_client_takes_only_a_time_limit_that_it_can_keep(seconds):
+    ran = run(sys.executable, client.__file__, "function", "--timeout", seconds)
+    assert (ran.returncode, "--timeout" in ran.stderr, "Traceback" in ran.stderr) == (
+        2,
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize("parameters", ["", "?connection_attempts=1000000&retry_delay=10"])

@@ -467,7 +467,7 @@ def test_managed_instances_of_the_emulator_run_four_invocations_at_once_and_deli
 @pytest.mark.slow
 def test_try_sh_shows_the_line_that_the_function_logs(sample, engine):
     command = sample / "examples" / "ship_logs" / "try.sh", "-p", free_port()
-    environment = os.environ | {"BASE_IMAGE": first_base_image()}
+    environment = os.environ | {"BASE_IMAGE": first_base_image(), "http_proxy": NOWHERE}
     with Logged(command, env=environment, start_new_session=True) as it:
         shown = "\"record\": \"Hello from the function's log: {'key': 'value'}"
         try:

@@ -44,7 +44,7 @@ done
 docker exec "$container" python3 "/opt/$name/collector.py" 9000 &
 
 address=$(docker port "$container" 8080 | head -n 1)
-until curl --silent --fail --output /dev/null -H 'Content-Type: application/json' \
+until curl --silent --fail --output /dev/null --noproxy '*' -H 'Content-Type: application/json' \
     -d '{"key": "value"}' "http://$address/2015-03-31/functions/function/invocations"; do
     kill -0 "$run" || exit 1
     sleep 1
