@@ -5,9 +5,10 @@ import re
 import sys
 
 import pytest
+from cache import CACHE
 from machine import ROOT, run
 from pages import PAGES, rows
-from sample import NAME
+from sample import NAME, RECEIVED, replace
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -47,6 +48,23 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
 def test_the_options_are_those_of_the_script():
     options = run(ROOT / f"{NAME}.sh", "--help").stdout.splitlines()[0].partition(".sh ")[2]
     assert f".sh {options}\n" in PAGES["docs/running-locally.md"]
+
+
+@pytest.mark.slow
+def test_the_tests_pass_with_another_answer_and_other_words_once_they_are_told(copy):
+    """As CONTRIBUTING.md says."""
+    replace(copy / "lambda_function.py", "Hello from Lambda!", "Goodbye!")
+    replace(copy / NAME / "extension.py", RECEIVED, "It happened")
+    told = copy / "tests" / "helpers" / "sample.py"
+    replace(told, "Hello from Lambda!", "Goodbye!")
+    replace(told, RECEIVED, "It happened")
+    (copy / ".venv").mkdir()
+    (copy / ".venv" / "cache").symlink_to(CACHE)
+    files = "tests/test_extension.py", "tests/test_failure_handling.py", "tests/test_sample.py"
+    # One way to run it is enough.
+    environment = os.environ | {"DOCKER_HOST": "tcp://127.0.0.1:1", "CI": ""}
+    ran = run(sys.executable, "-m", "pytest", "-m", "not slow", *files, cwd=copy, env=environment)
+    assert ran.returncode == 0, ran.stdout
 
 
 needs_root = pytest.mark.skipif(

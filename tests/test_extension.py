@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine import wait_until
 from pages import PAGES, code_blocks
-from sample import NAME, RECEIVED
+from sample import NAME
 
 # To try more: FUZZ_CASES=5000 ./tests/run.sh -k responses
 CASES = int(os.environ.get("FUZZ_CASES", "150"))
@@ -63,13 +63,9 @@ RESPONSES = st.builds(
 def test_the_first_code_of_the_readme_is_an_extension(extension, tmp_path):
     code = re.search(r"(?s)```python\n(.*?)```", PAGES["README.md"]).group(1)
     readme = variant(extension, tmp_path, {"extension.py": code})
-    with FakeLambda([invoke(), SHUTDOWN]) as api:
-        status, stdout, stderr = end_of(readme, api)
-    assert (status, stderr) == (0, "")
-    assert re.findall(rf'\[{NAME}\] {RECEIVED}: {{"eventType": "(\w+)"', stdout) == [
-        "INVOKE",
-        "SHUTDOWN",
-    ]
+    with FakeLambda([invoke(), SHUTDOWN]) as api, started(readme, api) as it:
+        assert (it.wait(60), it.err) == (0, "")
+        assert it.received == ["INVOKE", "SHUTDOWN"]
 
 
 def test_the_readmes_way_to_catch_a_bug_keeps_the_invocation_from_failing(extension, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import cache
 import pytest
 from machine import PROGRAMS, ROOT, Logged
-from sample import NAME, RECEIVED
+from sample import NAME
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
 PYTHON = [sys.executable, *re.search("(?m)^exec python3 (.*) ", LAUNCHER).group(1).split()]
@@ -21,7 +21,7 @@ class ExtensionProcess(Logged):
     @property
     def received(self):
         """The types of the events that process() got."""
-        return re.findall(rf'{RECEIVED}: {{"eventType": "(\w+)"', self.out)
+        return re.findall(rf'(?m)^\[{NAME}\] [^{{]*{{"eventType": "(\w+)"', self.out)
 
 
 def started(extension, api, prefix=(), **environment):
