@@ -232,6 +232,17 @@ def test_compose_asks_for_what_it_cannot_know(missing_one, said):
 
 
 @pytest.mark.slow
+def test_compose_waits_for_a_broker_that_the_daemon_can_use():
+    (described,) = yaml_documents(EXAMPLES / "compose.yaml")
+    function, broker = described["services"]["function"], described["services"]["rabbitmq"]
+    assert function["depends_on"]["rabbitmq"]["condition"] == "service_healthy"
+    # RabbitMQ's own commands could write its cookie before the server does.
+    assert "rabbitmq" not in str(broker["healthcheck"]["test"])
+    version = re.fullmatch(r"rabbitmq:(\d+)\.(\d+)", broker["image"]).groups()
+    assert (*map(int, version),) < (4, 3)  # which refuses the Daemon's queue
+
+
+@pytest.mark.slow
 def test_compose_confines_the_function_as_the_run_script_does_and_connects_it(
     engine, rabbitmq_image, stand_in, tmp_path
 ):
