@@ -31,15 +31,15 @@ def answer(status=200, body: object = b"", **headers):
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def invoke(request_id="request-1", seconds=3600, **more):
+def invoke_event(request_id="request-1", seconds=3600, **more):
     """The event of an invocation that must end so many seconds later."""
     deadline = int((time.time() + seconds) * 1000)
     event = {"eventType": "INVOKE", "requestId": request_id, "deadlineMs": deadline}
     return answer(body=event | more)
 
 
-def reset(connection):
-    """Ends the connection with a TCP reset."""
+def resets(connection):
+    """Ends the connection with a TCP resets."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     raise ConnectionResetError
 
@@ -81,21 +81,21 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def handle(self):
         server = self.server
-        assert isinstance(server, FakeLambda)
+        assert isinstance(server, ScriptedServer)
         server.connections += 1
         with contextlib.suppress(OSError):
             while request_line := self.rfile.readline():
-                request = self._request(request_line)
+                request = self._read_request(request_line)
                 server.requests.append(request)
-                answer = server.answer_to(request)
-                if answer is None:
+                reply = server.answer_to(request)
+                if reply is None:
                     return
-                if callable(answer):
-                    answer(self.connection)
+                if callable(reply):
+                    reply(self.connection)
                 else:
-                    self.connection.sendall(answer)
+                    self.connection.sendall(reply)
 
-    def _request(self, request_line):
+    def _read_request(self, request_line):
         method, path, _ = request_line.decode().split()
         head, content_length = b"", 0
         while (field := self.rfile.readline()) not in (b"\r\n", b""):
@@ -106,12 +106,11 @@ class _Connection(socketserver.StreamRequestHandler):
         return Request(method, path, head, self.rfile.read(content_length))
 
 
-class FakeLambda(socketserver.ThreadingTCPServer):
-    """Answers each request with the next of the answers for its kind.
+class ScriptedServer(socketserver.ThreadingTCPServer):
+    """An HTTP server that answers each request with the next of the answers for its path.
 
-    These are `events` for requests for events, `register` for registrations, and `report` for
-    reports of errors; `answers` may get more, {end of the path: [answer]}. The last answer of each
-    kind repeats. The server keeps the requests, and counts the connections.
+    `answers` has these, {end of the path: [answer]}. The last answer of a list repeats. The server
+    keeps the requests, and counts the connections.
     """
 
     daemon_threads = True
@@ -119,14 +118,10 @@ class FakeLambda(socketserver.ThreadingTCPServer):
     # After a reset there is nothing to shut down.
     shutdown_request = socketserver.TCPServer.close_request
 
-    def __init__(self, events=(), register=(REGISTERED,), report=REPORTED):
+    def __init__(self, answers):
         super().__init__(("127.0.0.1", 0), _Connection)
         self.address = f"127.0.0.1:{self.server_address[1]}"
-        self.answers = {
-            "/extension/register": [*register],
-            "/extension/event/next": [*events] or [hangs],
-            "/error": [report],
-        }
+        self.answers = answers
         self.requests: list[Request] = []
         self.connections = 0
         threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
@@ -136,10 +131,29 @@ class FakeLambda(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def answer_to(self, request):
-        """The answer to a request."""
-        answers = next(each for end, each in self.answers.items() if request.path.endswith(end))
-        return answers.pop(0) if len(answers) > 1 else answers[0]
+        """The next answer for the path of a request."""
+        for end, answers in self.answers.items():
+            if request.path.endswith(end):
+                return answers.pop(0) if len(answers) > 1 else answers[0]
+        raise LookupError(f"no answer for {request.path}")
 
-    def asked(self, path):
+
+class FakeLambda(ScriptedServer):
+    """Lambda's Extensions API.
+
+    It answers requests for events with `events`, registrations with `register`, and reports of
+    errors with `report`.
+    """
+
+    def __init__(self, events=(), register=(REGISTERED,), report=REPORTED):
+        super().__init__(
+            {
+                "/extension/register": [*register],
+                "/extension/event/next": [*events] or [hangs],
+                "/error": [report],
+            }
+        )
+
+    def requests_for(self, path):
         """The requests for a path of the Extensions API, such as "register"."""
         return [request for request in self.requests if request.path.endswith("/extension/" + path)]

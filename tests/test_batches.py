@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from batching import NOWHERE, SHORT_LIMITS, counted, extension_with, timed
 from collector import FAILURES, SUCCESSES, TOKEN, Collector, refuses
-from extension_process import end_of, started
-from fake_lambda import SHUTDOWN, FakeLambda, answer, hangs, invoke
-from machine import PROGRAMS, wait_until
+from extension_process import run_to_end, started
+from fake_lambda import SHUTDOWN, FakeLambda, answer, hangs, invoke_event
+from machine import PROGRAMS, fastest, wait_until
 from pages import code_blocks
 from sample import NAME
 
@@ -37,13 +37,13 @@ def obedient(extension, tmp_path):
 
 
 def events(*numbers, **more):
-    return [invoke(str(number), **more) for number in range(*numbers)]
+    return [invoke_event(str(number), **more) for number in range(*numbers)]
 
 
-def send(extension, url, events, seconds=20, **environment):
-    """Runs it with these events and a shutdown; it must take no more seconds, and little memory.
+def send(extension, url, events, **environment):
+    """Runs it with these events and a shutdown, and returns what it logged.
 
-    Returns what it logged.
+    It must end with 0, take little memory, and show neither an error nor the token.
     """
     peaks = []
 
@@ -55,7 +55,7 @@ def send(extension, url, events, seconds=20, **environment):
         FakeLambda([*events, shutdown]) as api,
         started(extension, api, COLLECTOR_URL=url, **environment) as it,
     ):
-        assert (it.wait(seconds), it.err, TOKEN in it.out) == (0, "", False)
+        assert (it.wait(60), it.err, TOKEN in it.out) == (0, "", False)
         assert int(*peaks) < 100_000
         return it.out
 
@@ -101,7 +101,7 @@ def test_it_goes_on_with_a_collector_that_always(failure, reason, small):
 
 
 def test_only_the_records_that_the_collector_refuses_are_lost(batching):
-    sent = [invoke(str(number), more="bad" * (number % 50 == 7)) for number in range(150)]
+    sent = [invoke_event(str(number), more="bad" * (number % 50 == 7)) for number in range(150)]
     with Collector(judge=refuses("bad")) as collector:
         log = send(batching, collector.url, sent)
         taken = [each for each in collector.requests if b"bad" not in each.body]
@@ -121,7 +121,7 @@ def test_all_records_but_the_one_that_is_refused_arrive_in_the_same_invocation(
     """There is no further event, not even SHUTDOWN, at which it could send them."""
     settings = "BATCH_RECORDS = 20; BATCH_SECONDS = 1000"
     batching = extension_with(extension, tmp_path, README, settings)
-    sent = [invoke(str(number), more="bad" * (number == 7)) for number in range(20)]
+    sent = [invoke_event(str(number), more="bad" * (number == 7)) for number in range(20)]
     with (
         Collector(judge=refuses("bad", status)) as collector,
         FakeLambda([*sent, hangs]) as api,
@@ -135,16 +135,16 @@ def test_all_records_but_the_one_that_is_refused_arrive_in_the_same_invocation(
 
 
 def test_a_record_that_json_cannot_hold_is_a_bug_where_it_is_added(obedient):
-    with FakeLambda([invoke(do="event['value'] = float('nan')")]) as api:
-        status, _, stderr = end_of(obedient, api, COLLECTOR_URL=NOWHERE)
+    with FakeLambda([invoke_event(do="event['value'] = float('nan')")]) as api:
+        status, _, stderr = run_to_end(obedient, api, COLLECTOR_URL=NOWHERE)
     assert (status, "in process" in stderr, "ValueError" in stderr) == (1, True, True)
 
 
 def test_a_bug_in_request_shows_its_traceback_and_ends_the_extension(obedient):
     bug = "def request(texts): 1 / 0\nbatches.request = request"
-    with FakeLambda([invoke(do=bug), *events(100), hangs]) as api:
-        status, _, stderr = end_of(obedient, api, COLLECTOR_URL=NOWHERE)
-        (report,) = api.asked("exit/error")
+    with FakeLambda([invoke_event(do=bug), *events(100), hangs]) as api:
+        status, _, stderr = run_to_end(obedient, api, COLLECTOR_URL=NOWHERE)
+        (report,) = api.requests_for("exit/error")
     assert report.json["errorType"] == "Extension.ZeroDivisionError"
     assert (status, "in request" in stderr, stderr.count("Traceback")) == (1, True, 1)
 
@@ -164,7 +164,7 @@ def test_records_beyond_a_megabyte_are_dropped_the_oldest_first_and_counted_exac
 
         def recover(connection):
             collector.answers[""] = [answer()]
-            connection.sendall(invoke("1000"))
+            connection.sendall(invoke_event("1000"))
 
         log = send(batching, collector.url, [*events(1000, more=10_000 * "x"), recover])
     arrived = ids(record for request in collector.requests[1:] for record in request.json)
@@ -175,7 +175,7 @@ def test_records_beyond_a_megabyte_are_dropped_the_oldest_first_and_counted_exac
 
 def test_a_record_larger_than_the_buffer_is_dropped_alone(batching):
     with Collector(answer()) as collector:
-        large = invoke("large", more=1_000_000 * "x")
+        large = invoke_event("large", more=1_000_000 * "x")
         log = send(batching, collector.url, [*events(10), large, *events(10, 20)])
     assert ids(collector.records) == ids_of(20)
     assert counted(log, "dropped") == 1
@@ -183,7 +183,7 @@ def test_a_record_larger_than_the_buffer_is_dropped_alone(batching):
 
 def test_many_small_records_count_with_the_memory_that_they_take(obedient):
     """A string of one character takes about 50 bytes."""
-    many = invoke(do="batches.add_texts(['1'] * 100_000)")
+    many = invoke_event(do="batches.add_texts(['1'] * 100_000)")
     with Collector(answer(503)) as collector:
         log = send(obedient, collector.url, [many, many])
     assert counted(log, "dropped") > 150_000
@@ -194,7 +194,7 @@ def test_a_request_is_neither_too_long_nor_too_large(batching):
 
         def recover(connection):
             collector.answers[""] = [answer()]
-            connection.sendall(invoke("large", more=400_000 * "x"))
+            connection.sendall(invoke_event("large", more=400_000 * "x"))
 
         send(batching, collector.url, [*events(1500), recover])
         sent = [request for request in collector.requests if len(request.json) > 100]
@@ -213,10 +213,10 @@ def test_an_unusable_url_does_not_end_the_extension(address, batching):
 )
 def test_a_missing_url_is_an_error_of_one_line_at_the_start(environment, batching):
     with FakeLambda() as api:
-        status, _, stderr = end_of(batching, api, **environment)
+        status, _, stderr = run_to_end(batching, api, **environment)
         assert status == 1
         assert stderr == f"[{NAME}] COLLECTOR_URL must be an http:// or https:// URL\n"
-        assert not api.asked("event/next")
+        assert not api.requests_for("event/next")
 
 
 def passes(seconds):
@@ -228,11 +228,11 @@ def passes(seconds):
 
 def test_connections_that_hang_do_not_stop_it_after_a_freeze(extension, tmp_path):
     frozen = extension_with(extension, tmp_path, OBEDIENT, "TIMEOUT_SECONDS = 30")
-    minute_later = invoke(do=passes(60))
+    minute_later = invoke_event(do=passes(60))
     answers = [hangs, hangs, hangs, answer()]
     with Collector(*answers) as collector, FakeLambda([*[minute_later] * 5, hangs]) as api:
         with started(frozen, api, COLLECTOR_URL=collector.url):
-            wait_until(lambda: len(api.asked("event/next")) == 6)
+            wait_until(lambda: len(api.requests_for("event/next")) == 6)
             wait_until(lambda: len(collector.requests) >= 4)
             assert len(collector.requests[3].json) >= 4
 
@@ -241,10 +241,10 @@ def test_a_clock_that_is_set_back_holds_back_neither_records_nor_an_invocation(e
     """The clock is set back by an hour, in the second invocation, while the collector hangs."""
     settings = "BATCH_RECORDS = 1; BATCH_SECONDS = 1000"
     set_back = extension_with(extension, tmp_path, OBEDIENT, settings)
-    sent = [invoke("0"), invoke("1", do=passes(-3600)), hangs]
+    sent = [invoke_event("0"), invoke_event("1", do=passes(-3600)), hangs]
     with Collector(hangs, answer()) as collector, FakeLambda(sent) as api:
         with started(set_back, api, COLLECTOR_URL=collector.url):
-            wait_until(lambda: len(api.asked("event/next")) == 3)
+            wait_until(lambda: len(api.requests_for("event/next")) == 3)
             wait_until(lambda: len(collector.requests) == 2)
     assert ids(collector.requests[1].json) == ["0", "1"]
 
@@ -255,7 +255,7 @@ def test_a_collector_that_does_not_answer_within_five_seconds_is_asked_again(ext
     batching = extension_with(extension, tmp_path, code, "BATCH_SECONDS = 0.1")
     times = []
     with Collector(hangs, timed(times, answer)) as collector:
-        with FakeLambda([timed(times, invoke), hangs]) as api:
+        with FakeLambda([timed(times, invoke_event), hangs]) as api:
             with started(batching, api, COLLECTOR_URL=collector.url) as it:
                 wait_until(lambda: len(times) == 2)
                 assert f"[{NAME}] Records not sent yet: 1 (ReadTimeout)\n" in it.out
@@ -270,14 +270,14 @@ def test_the_number_of_hanging_senders_is_limited(extension, tmp_path):
     def after(requests):
         def give(connection):
             wait_until(lambda: len(collector.requests) == requests)
-            connection.sendall(invoke(do=passes(60)))
+            connection.sendall(invoke_event(do=passes(60)))
 
         return give
 
     asks = [*map(after, [0, 1, 2, 3, 3, 3, 3]), hangs]
     with Collector(hangs) as collector, FakeLambda([*asks]) as api:
         with started(many, api, COLLECTOR_URL=collector.url):
-            wait_until(lambda: len(api.asked("event/next")) == len(asks))
+            wait_until(lambda: len(api.requests_for("event/next")) == len(asks))
             time.sleep(0.5)  # in which another sender would have made its request
             assert len(collector.requests) == 3
 
@@ -286,40 +286,46 @@ def test_if_no_thread_can_be_started_the_sender_stays(extension, tmp_path):
     no_thread = "def fail(*_): raise RuntimeError\nimport threading; threading.Thread.start = fail"
     lonely = extension_with(extension, tmp_path, OBEDIENT, "TIMEOUT_SECONDS = 0.3")
     with Collector(hangs, answer()) as collector:
-        log = send(lonely, collector.url, [invoke(do=no_thread), *events(300)])
+        log = send(lonely, collector.url, [invoke_event(do=no_thread), *events(300)])
     assert "Traceback" not in log
     assert ids(collector.requests[-1].json)[-1] is None
 
 
 def test_a_collector_that_hangs_holds_an_invocation_for_a_second(batching):
-    times = []
-    asks = [*events(99), timed(times, invoke), timed(times)]
-    with Collector(hangs) as collector, FakeLambda(asks) as api:
-        with started(batching, api, COLLECTOR_URL=collector.url):
-            wait_until(lambda: len(times) == 2)
-    assert 0.9 < times[1] - times[0] < 2.5
+    def seconds():
+        times = []
+        asks = [*events(99), timed(times, invoke_event), timed(times)]
+        with Collector(hangs) as collector, FakeLambda(asks) as api:
+            with started(batching, api, COLLECTOR_URL=collector.url):
+                wait_until(lambda: len(times) == 2)
+        return times[1] - times[0]
+
+    assert 0.9 < fastest(seconds, 2) < 2
 
 
 def test_half_a_second_before_its_deadline_no_invocation_waits_for_a_collector_that_hangs(
     extension, tmp_path
 ):
-    """Of four invocations the shortest counts, because a busy machine can only prolong them."""
+    """Of eight invocations the shortest counts, because a busy machine can only prolong them."""
     settings = "BATCH_RECORDS = 1; PATIENCE_SECONDS = 60"
     patient = extension_with(extension, tmp_path, README, settings)
     times = []
-    hurried = timed(times, lambda: invoke(seconds=0.7))
+    hurried = timed(times, lambda: invoke_event(seconds=0.7))
     with Collector(hangs) as collector:
-        with FakeLambda([*[hurried] * 4, timed(times)]) as api:
+        with FakeLambda([*[hurried] * 8, timed(times)]) as api:
             with started(patient, api, COLLECTOR_URL=collector.url):
-                wait_until(lambda: len(times) == 5)
+                wait_until(lambda: len(times) == 9)
     assert 0.19 < min(end - begin for begin, end in pairwise(times)) < 0.4
 
 
 def test_with_a_collector_that_hangs_it_ends_within_the_two_seconds_that_lambda_allows(batching):
-    times = []
-    asks = [invoke(), timed(times, lambda: SHUTDOWN)]
-    with Collector(hangs) as collector, FakeLambda(asks) as api:
-        status, stdout, _ = end_of(batching, api, COLLECTOR_URL=collector.url)
-        times.append(time.monotonic())
-    assert (status, counted(stdout, "not confirmed before the end")) == (0, 2)
-    assert 1.1 < times[1] - times[0] < 2
+    def seconds():
+        times = []
+        asks = [invoke_event(), timed(times, lambda: SHUTDOWN)]
+        with Collector(hangs) as collector, FakeLambda(asks) as api:
+            status, stdout, _ = run_to_end(batching, api, COLLECTOR_URL=collector.url)
+            times.append(time.monotonic())
+        assert (status, counted(stdout, "not confirmed before the end")) == (0, 2)
+        return times[1] - times[0]
+
+    assert 1.1 < fastest(seconds, 2) < 2

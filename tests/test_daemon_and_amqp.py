@@ -19,10 +19,10 @@ import pytest
 from engine import build, first_base_image
 from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until, yaml_documents
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
-from sample import HELLO, NAME, copy_sample, evaluate, obey, once
+from sample import HELLO, NAME, copy_sample, make_evaluating, make_obedient, once
 
-CREDENTIALS = {"AMQP_USERNAME": USERNAME, "AMQP_PASSWORD": PASSWORD}
-TIMEOUT = {"AWS_LAMBDA_FUNCTION_TIMEOUT": "4"}
+BROKER_CREDENTIALS = {"AMQP_USERNAME": USERNAME, "AMQP_PASSWORD": PASSWORD}
+FOUR_SECONDS = {"AWS_LAMBDA_FUNCTION_TIMEOUT": "4"}
 
 
 @pytest.mark.parametrize("daemon", ["/nothing", "/tmp", "/etc/passwd"])
@@ -37,7 +37,7 @@ def test_the_daemon_replaces_the_emulator_on_loopback_and_its_path_may_be_relati
 ):
     folder, relative = os.path.split(stand_in)
     settings = {"LAMBDA_RUNTIME_API_DAEMON": relative, "AWS_LAMBDA_MAX_CONCURRENCY": "4"}
-    with start(sample, cwd=folder, **settings, **TIMEOUT) as it:
+    with start(sample, cwd=folder, **settings, **FOUR_SECONDS) as it:
         told = it.invoke(function=NAME)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", it.port))
@@ -46,11 +46,11 @@ def test_the_daemon_replaces_the_emulator_on_loopback_and_its_path_may_be_relati
     assert told["argv"][-1] == "lambda_function.lambda_handler"
     assert not [argument for argument in told["argv"] if argument.startswith("--")]
     options = "connection_attempts=1000000&retry_delay=10&heartbeat=10"
-    variables = {"AWS_LAMBDA_FUNCTION_NAME": NAME, "MAX_CONCURRENCY": "1", **TIMEOUT}
-    variables["AMQP_URI"] = f"amqp://{start.machine}:5672?{options}"
+    variables = {"AWS_LAMBDA_FUNCTION_NAME": NAME, "MAX_CONCURRENCY": "1", **FOUR_SECONDS}
+    variables["AMQP_URI"] = f"amqp://{start.host_name}:5672?{options}"
     assert variables.items() <= told["environ"].items()
     assert "AWS_LAMBDA_MAX_CONCURRENCY" not in told["environ"]
-    assert start.machine in told["hosts"]
+    assert start.host_name in told["hosts"]
 
 
 def consumers(rabbitmq, queue):
@@ -65,8 +65,8 @@ def consumers(rabbitmq, queue):
 @pytest.fixture(scope="module")
 def daemon_run(start, rabbitmq, folder, sample):
     """The real Daemon with a function that does what the event says."""
-    environment = CREDENTIALS | TIMEOUT | {"AMQP_URI": f"amqp://{rabbitmq}"}
-    copy = evaluate(copy_sample(folder / f"daemon {start.option}", sample))
+    environment = BROKER_CREDENTIALS | FOUR_SECONDS | {"AMQP_URI": f"amqp://{rabbitmq}"}
+    copy = make_evaluating(copy_sample(folder / f"daemon {start.option}", sample))
     with start(copy, LAMBDA_RUNTIME_API_DAEMON=real_daemon(), **environment) as it:
         wait_until(lambda: consumers(rabbitmq, NAME))
         yield it
@@ -111,20 +111,20 @@ def test_without_a_broker_http_works_concurrently_until_the_run_ends_with_a_shut
         assert it.invoke({"key": 1}, NAME) == {"key": 1}
         wait_until(lambda: "retry=2" in it.output, 30)
         assert it.invoke({"key": 2}, NAME) == {"key": 2}
-        it.ends_cleanly()
+        it.assert_signal_ends_it()
 
 
 @pytest.mark.parametrize("when", ["at its start", "with an event"])
 def test_an_extension_that_dies_is_started_again(start, copy, tmp_path, when):
     dies = once(tmp_path, "os._exit(1)")
-    extension = obey(copy) / NAME / "extension.py"
+    extension = make_obedient(copy) / NAME / "extension.py"
     words = []
     if when == "at its start":
         extension.write_text(dies + extension.read_text())
     else:
         words = ["-e", f"AT_INVOKE={dies}"]
     daemon = real_daemon()
-    with start(copy, *words, LAMBDA_RUNTIME_API_DAEMON=daemon, AMQP_URI="", **TIMEOUT) as it:
+    with start(copy, *words, LAMBDA_RUNTIME_API_DAEMON=daemon, AMQP_URI="", **FOUR_SECONDS) as it:
 
         def answer():
             with contextlib.suppress(OSError):  # the invocation that started it gets no answer
@@ -158,7 +158,7 @@ class Queue:
 
 
 def test_killing_one_of_three_runs_loses_no_message(start, rabbitmq, evaluating):
-    settings = CREDENTIALS | {"LAMBDA_RUNTIME_API_DAEMON": real_daemon()}
+    settings = BROKER_CREDENTIALS | {"LAMBDA_RUNTIME_API_DAEMON": real_daemon()}
     settings |= {"AMQP_URI": f"amqp://{rabbitmq}", "AWS_LAMBDA_FUNCTION_TIMEOUT": "60"}
     name = f"killed{start.option}"
     with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
@@ -178,7 +178,7 @@ def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_sh
     deployment, _ = yaml_documents(ROOT / "examples" / "kubernetes.yaml")
     pod = deployment["spec"]["template"]["spec"]
     entrypoint, *words = pod["containers"][0]["command"]
-    settings = CREDENTIALS | {
+    settings = BROKER_CREDENTIALS | {
         "AWS_LAMBDA_FUNCTION_NAME": "stopped",
         "AMQP_URI": f"amqp://{rabbitmq}",
         "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
@@ -269,7 +269,7 @@ def test_compose_confines_the_function_as_the_run_script_does_and_connects_it(
             "AWS_LAMBDA_FUNCTION_NAME": NAME,
             "AWS_LAMBDA_FUNCTION_TIMEOUT": "10",
             "AMQP_URI": f"amqp://rabbitmq:5672?{PARAMETERS}",
-            **CREDENTIALS,
+            **BROKER_CREDENTIALS,
         }
         assert {name: told.get(name) for name in expected} == expected
         with connect("127.0.0.1"):  # the broker, with these credentials

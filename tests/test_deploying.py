@@ -9,7 +9,7 @@ import urllib.parse
 
 import pytest
 from engine import DEFAULT_BASE_IMAGE, first_base_image
-from machine import CREDENTIALS, ROOT, path_with, run, tool, yaml_documents
+from machine import AWS_CREDENTIALS, ROOT, path_with, run, tool, yaml_documents
 from pages import code_blocks
 from sample import HELLO, NAME, RECEIVED, replace
 
@@ -60,7 +60,7 @@ def test_every_command_of_the_page_works(tmp_path, copy, shell):
     aws = f'exec "{tool("aws")}" --endpoint-url http://127.0.0.1:{server.server_port} "$@"'
     docker = f'echo docker "$@" $([ "$1" != login ] || cat) >>"{tmp_path}/docker.log"'
     pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-    environment = pip | CREDENTIALS | {"HOME": str(tmp_path), "AWS_PAGER": ""}
+    environment = pip | AWS_CREDENTIALS | {"HOME": str(tmp_path), "AWS_PAGER": ""}
     environment["PATH"] = path_with(tmp_path, {"aws": aws, "docker": docker, "sleep": ":"})
     commands = code_blocks("docs/deploying.md", "With the AWS CLI")
     commands += code_blocks("docs/deploying.md", "As a layer")[:1]
@@ -97,7 +97,7 @@ def test_every_command_of_the_page_works(tmp_path, copy, shell):
 
 def test_sam_builds_the_stage_without_the_emulator_invokes_it_and_shows_the_extension(copy, engine):
     replace(copy / "Dockerfile", DEFAULT_BASE_IMAGE, first_base_image())
-    environment = os.environ | CREDENTIALS | {"SAM_CLI_TELEMETRY": "0", "HOME": str(copy)}
+    environment = os.environ | AWS_CREDENTIALS | {"SAM_CLI_TELEMETRY": "0", "HOME": str(copy)}
     options = {"cwd": copy, "env": environment}
     built = run(tool("sam"), "build", **options)
     assert built.returncode == 0, built.stderr

@@ -5,14 +5,14 @@ import json
 import os
 import re
 
-from extension_process import end_of, started, variant
+from extension_process import run_to_end, started, variant
 from fake_lambda import (
     IDENTIFIER,
     REGISTERED,
     SHUTDOWN,
     FakeLambda,
     hangs,
-    invoke,
+    invoke_event,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -63,7 +63,7 @@ RESPONSES = st.builds(
 def test_the_first_code_of_the_readme_is_an_extension(extension, tmp_path):
     code = re.search(r"(?s)```python\n(.*?)```", PAGES["README.md"]).group(1)
     readme = variant(extension, tmp_path, {"extension.py": code})
-    with FakeLambda([invoke(), SHUTDOWN]) as api, started(readme, api) as it:
+    with FakeLambda([invoke_event(), SHUTDOWN]) as api, started(readme, api) as it:
         assert (it.wait(60), it.err) == (0, "")
         assert it.received == ["INVOKE", "SHUTDOWN"]
 
@@ -72,16 +72,16 @@ def test_the_readmes_way_to_catch_a_bug_keeps_the_invocation_from_failing(extens
     (block,) = code_blocks("README.md", "Make it your own", "python")[1:]
     code = f"from lifecycle import log, run\n\ndef process(event):\n{block}\nrun(process)\n"
     caught = variant(extension, tmp_path, {"extension.py": code})
-    with FakeLambda([invoke(), SHUTDOWN]) as api:
-        status, stdout, _ = end_of(caught, api)
+    with FakeLambda([invoke_event(), SHUTDOWN]) as api:
+        status, stdout, _ = run_to_end(caught, api)
     assert (status, stdout.count("] Not processed: NameError(")) == (0, 2)
 
 
 def test_registers_under_the_name_of_its_folder_and_asks_for_each_event_with_its_identifier(
     extension,
 ):
-    with FakeLambda([invoke(), invoke(), SHUTDOWN]) as api:
-        status, stdout, stderr = end_of(extension, api)
+    with FakeLambda([invoke_event(), invoke_event(), SHUTDOWN]) as api:
+        status, stdout, stderr = run_to_end(extension, api)
     assert (status, stderr) == (0, "")
     assert f"[{NAME}] Registered with ID: {IDENTIFIER}\n" in stdout
     registration, *requests = api.requests
@@ -112,16 +112,16 @@ def test_asks_for_the_first_event_when_init_has_returned(obedient):
 
 
 def test_prints_without_delay_and_any_text(obedient):
-    events = invoke(do=r"print('printed'); log('half a character: \ud83e')"), hangs
+    events = invoke_event(do=r"print('printed'); log('half a character: \ud83e')"), hangs
     with FakeLambda(events) as api, started(obedient, api) as it:
-        wait_until(lambda: len(api.asked("event/next")) == 2)
+        wait_until(lambda: len(api.requests_for("event/next")) == 2)
         assert "printed\n" in it.out
         assert f"[{NAME}] half a character: \\ud83e\n" in it.out
 
 
 def test_sees_no_packages_but_its_own(obedient):
-    with FakeLambda([invoke(do="log(json.dumps(sys.path))"), SHUTDOWN]) as api:
-        _, stdout, _ = end_of(obedient, api)
+    with FakeLambda([invoke_event(do="log(json.dumps(sys.path))"), SHUTDOWN]) as api:
+        _, stdout, _ = run_to_end(obedient, api)
     own, *others = json.loads(re.search(r"\[\"/.*", stdout).group())
     assert own == str(obedient.parent)
     assert not [path for path in others if "packages" in path]
@@ -129,14 +129,14 @@ def test_sees_no_packages_but_its_own(obedient):
 
 def test_waits_for_an_event_without_a_time_limit(obedient):
     log_limits = "socket.socket.settimeout = lambda self, limit: log(f'time limit: {limit}')"
-    with FakeLambda([invoke(), SHUTDOWN]) as api:
-        _, stdout, _ = end_of(obedient, api, AT_INIT=f"import socket; {log_limits}")
+    with FakeLambda([invoke_event(), SHUTDOWN]) as api:
+        _, stdout, _ = run_to_end(obedient, api, AT_INIT=f"import socket; {log_limits}")
     assert {*re.findall("time limit: (.*)", stdout)} == {"None"}
 
 
 def test_one_session_asks_for_every_event_and_another_client_registers_before_it_opens(obedient):
-    with FakeLambda([*[invoke()] * 1000, SHUTDOWN]) as api:
-        status, _, stderr = end_of(obedient, api)
+    with FakeLambda([*[invoke_event()] * 1000, SHUTDOWN]) as api:
+        status, _, stderr = run_to_end(obedient, api)
         assert (status, stderr, api.connections) == (0, "", 2)
     registration, *requests = api.requests
     assert "User-Agent" not in registration.headers
@@ -154,9 +154,9 @@ def modules(stdout):
 
 
 def test_everything_is_imported_before_init_and_nothing_during_an_invocation(obedient):
-    events = [invoke(do=MODULES), invoke(do=MODULES), SHUTDOWN]
+    events = [invoke_event(do=MODULES), invoke_event(do=MODULES), SHUTDOWN]
     with FakeLambda(events) as api:
-        _, stdout, _ = end_of(obedient, api, AT_INIT=MODULES)
+        _, stdout, _ = run_to_end(obedient, api, AT_INIT=MODULES)
     in_init, in_first, in_second = modules(stdout)
     assert "requests" in in_init
     assert in_first == in_second
@@ -166,7 +166,7 @@ def test_signals_are_caught_before_anything_slow_is_imported(extension):
     """Python lists imports in the order in which they end."""
     list_imports = "bash", "-c", 'exec "$1" -X importtime "${@:2}"', "bash"
     with FakeLambda([SHUTDOWN]) as api:
-        _, _, stderr = end_of(extension, api, list_imports)
+        _, _, stderr = run_to_end(extension, api, list_imports)
     order = re.findall(r"(?m)^import time: .*\| +(\S+)$", stderr)
     for slow in "re", "json", "contextlib", "http.client", "requests":
         assert order.index("signals") < order.index(slow)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from engine import BASE_IMAGES, build
-from machine import ROOT, TOOLS, free_port, missing, post, run, tool, wait_until
+from machine import ROOT, TOOLS, free_port, post, run, skip_except_on_ci, tool, wait_until
 from pages import PAGES, code_blocks
 from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
 
@@ -30,7 +30,7 @@ def inside(image, script):
     return ran.stdout
 
 
-def runs(image, *options, extension=NAME):
+def assert_runs(image, *options, extension=NAME):
     """Asserts that a container answers, and that the extension logs the event."""
     port = free_port()
     start = "docker", "run", "--rm", "--detach", f"--publish=127.0.0.1:{port}:8080"
@@ -82,12 +82,12 @@ def test_any_user_can_run_it_read_only_and_without_capabilities_whatever_the_che
     assert inside(image, find) == ""
     assert inside(image, "stat -Lc %a /var/runtime/bootstrap") == "755\n"
     options = "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--workdir=/tmp"
-    runs(image, *options, "--user", "12345:54321")
+    assert_runs(image, *options, "--user", "12345:54321")
 
 
 @pytest.mark.parametrize("path", ["/var/task/bin", ""])
 def test_it_runs_although_the_function_has_a_path_without_python(image, path):
-    runs(image, "--env", f"PATH={path}")
+    assert_runs(image, "--env", f"PATH={path}")
 
 
 def test_it_trusts_certificate_authorities(image):
@@ -124,7 +124,7 @@ def test_a_stage_of_its_own_brings_the_extension_into_another_image(copy, base_i
     last = f"FROM {image}\nUSER root\nRUN rm -r /opt/*\n{COPY}USER 12345\n"
     (copy / "Dockerfile").write_text(f"{stage}\n{last}")
     (copy / ".dockerignore").unlink()
-    runs(build(copy, "own", base_image))
+    assert_runs(build(copy, "own", base_image))
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_the_function_may_be_a_package(copy, base_image):
     (line,) = re.findall(r"`(COPY app \S+)`", PAGES["README.md"])
     replace(copy / "Dockerfile", "COPY *.py .${LAMBDA_TASK_ROOT}/", line)
     replace(copy / "Dockerfile", "lambda_function.lambda_handler", "app.main.lambda_handler")
-    runs(build(copy, "package", base_image))
+    assert_runs(build(copy, "package", base_image))
 
 
 def test_an_edit_of_code_installs_no_dependency_again(copy, base_image):
@@ -163,8 +163,8 @@ def test_it_builds_and_runs_on_arm64(sample):
     on_arm64 = "--platform", "linux/arm64"
     cpu = run("docker", "run", "--rm", *on_arm64, ARM64_BASE_IMAGE, "uname", "-m").stdout
     if cpu != "aarch64\n":
-        missing("no base image for arm64, or no emulation")
-    runs(build(sample, "arm64", ARM64_BASE_IMAGE, *on_arm64), *on_arm64)
+        skip_except_on_ci("no base image for arm64, or no emulation")
+    assert_runs(build(sample, "arm64", ARM64_BASE_IMAGE, *on_arm64), *on_arm64)
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +201,7 @@ def test_the_same_input_makes_the_same_layer(folder, layer):
 
 
 def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
-    runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)
+    assert_runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)
 
 
 def test_no_layer_and_no_folder_is_left_when_pip_refuses_a_dependency(copy, tmp_path):

@@ -57,7 +57,7 @@ def test_when_two_first_runs_start_at_once_one_installs_for_both(fresh):
         assert (one.output + other.output).count("installing the dependencies") == 1
         for it in one, other:
             assert it.invoke() == HELLO
-            it.ends_cleanly()
+            it.assert_signal_ends_it()
     wait_until(lambda: not processes_of(fresh))
     assert {path.name for path in fresh.glob(".run/*")} == {"lock", installed(fresh).name}
 
@@ -114,7 +114,7 @@ def as_user(path, user=12345):
     return {"user": user, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
 
 
-def refuses(sample, *said, **options):
+def assert_refuses_to_run(sample, *said, **options):
     """Runs a copy that cannot run, and asserts that it prints one line, with these words."""
     with running(sample, "--no-docker", wait=False, **options) as it:
         assert it.wait(60) == 1
@@ -125,15 +125,17 @@ def refuses(sample, *said, **options):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(fresh):
-    refuses(fresh, "Permission denied", f"{fresh}/.run", user=12345, PATH="/usr/bin:/bin")
+    assert_refuses_to_run(
+        fresh, "Permission denied", f"{fresh}/.run", user=12345, PATH="/usr/bin:/bin"
+    )
     (fresh / ".run").mkdir(0o700)
     said = f"{fresh}/.run belongs to another user, who ran this before: remove it"
-    refuses(fresh, said, user=12345, PATH="/usr/bin:/bin")
+    assert_refuses_to_run(fresh, said, user=12345, PATH="/usr/bin:/bin")
 
 
 def test_a_file_where_the_folder_should_be_is_an_error_of_one_line(fresh):
     (fresh / ".run").touch()
-    refuses(fresh, f"{fresh}/.run is not a folder: remove it")
+    assert_refuses_to_run(fresh, f"{fresh}/.run is not a folder: remove it")
 
 
 @pytest.mark.usefixtures("installed_sample")
@@ -195,7 +197,7 @@ def test_where_mounts_are_refused_it_links_into_opt(copy, tmp_path):
         assert it.invoke() == HELLO
         wait_until(lambda: it.received)
         assert {*os.listdir(tmp_path / "opt")} == {"extensions", NAME}
-        it.ends_cleanly()
+        it.assert_signal_ends_it()
     assert not os.listdir(tmp_path / "opt")
 
 
@@ -215,7 +217,7 @@ def test_with_the_tools_of_busybox_it_links_into_opt(copy, tmp_path):
     with running(copy, "--no-docker", script=script, **options) as it:
         assert "unrecognized option" in it.output
         assert it.invoke() == HELLO
-        it.ends_cleanly()
+        it.assert_signal_ends_it()
     assert not os.listdir(tmp_path / "opt")
 
 
@@ -294,7 +296,7 @@ def test_without_namespaces_it_links_into_opt_while_it_runs_and_replaces_only_de
         assert {*os.listdir(tmp_path)} == {"extensions", NAME}
     with linking() as it:
         assert it.invoke() == HELLO
-        it.ends_cleanly()
+        it.assert_signal_ends_it()
     wait_until(lambda: not os.listdir(tmp_path) and not processes_of(copy))
     (tmp_path / "extensions").mkdir()
     with linking(wait=False) as it:

@@ -11,9 +11,9 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from machine import CREDENTIALS, path_with, processes_of, run, tool, wait_until
+from machine import AWS_CREDENTIALS, path_with, processes_of, run, tool, wait_until
 from pages import code_blocks
-from sample import HELLO, NAME, obey, once, rename
+from sample import HELLO, NAME, make_obedient, once, rename
 
 TIMEOUT = 5  # enough for a cold start on a busy machine
 
@@ -69,7 +69,7 @@ def test_the_aws_cli_gets_hello_from_lambda(shared, tmp_path):
 @pytest.mark.slow
 def test_boto3_gets_hello_from_lambda(shared):
     program = tool("python3"), "-c", shown_way_to_invoke(shared, "python")
-    invoked = run(*program, env=os.environ | CREDENTIALS)
+    invoked = run(*program, env=os.environ | AWS_CREDENTIALS)
     assert invoked.stdout == f"{json.dumps(HELLO).encode()}\n", invoked.stderr
 
 
@@ -118,7 +118,7 @@ def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_starts_again(
     start, copy, tmp_path, failure, answer
 ):
     words = "-e", f"AT_INVOKE={once(tmp_path, failure)}"
-    with start(obey(copy), *words, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
+    with start(make_obedient(copy), *words, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
         assert curl(it) == answer
         assert invoke_again(it) == HELLO
         assert it.output.count("Registered with ID") > 1
@@ -140,7 +140,9 @@ def test_the_function_may_have_more_modules_and_finds_what_init_has_fetched(
 ):
     (evaluating / "own.py").write_text("VALUE = 42\n")
     secret = "/tmp/secret-of-the-test"
-    with start(obey(evaluating), "-e", f"AT_INIT=open({secret!r}, 'w').write('fetched')") as it:
+    with start(
+        make_obedient(evaluating), "-e", f"AT_INIT=open({secret!r}, 'w').write('fetched')"
+    ) as it:
         what = f"open({secret!r}).read(), __import__('own').VALUE, os.remove({secret!r})"
         assert it.invoke({"do": what}) == ["fetched", 42, None]
 

@@ -6,12 +6,12 @@ import json
 import re
 import time
 
-from fake_lambda import FakeLambda, answer, hangs, reset
+from fake_lambda import ScriptedServer, answer, hangs, resets
 
 TOKEN = "secret"
 
 
-class Collector(FakeLambda):
+class Collector(ScriptedServer):
     """Answers one batch after the other; the last answer repeats.
 
     A judge is a function that gets the request and returns the answer instead. The collector
@@ -19,8 +19,7 @@ class Collector(FakeLambda):
     """
 
     def __init__(self, *answers, judge=None):
-        super().__init__()
-        self.answers = {"": list(answers)}
+        super().__init__({"": [*answers]})
         self.judge = judge
         self.url = f"http://{self.address}/records?token={TOKEN}"
 
@@ -85,7 +84,7 @@ FAILURES = {
     "redirects": (answer(302, Location="/elsewhere"), "status 302"),
     "redirects to half an address": (answer(302, Location="http://["), "status 302"),
     "redirects with a bomb": (answer(302, **BOMB), "status 302"),
-    "resets": (reset, "ConnectionError"),
+    "resets": (resets, "ConnectionError"),
     "closes": (None, "ConnectionError"),
     "speaks no HTTP": (b"What?\r\n\r\n", "ConnectionError"),
     "hangs": (hangs, ""),

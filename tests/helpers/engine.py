@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from machine import ROOT, missing, run, tool
+from machine import ROOT, run, skip_except_on_ci, tool
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DEFAULT_BASE_IMAGE = re.search("(?m)^ARG BASE_IMAGE=(.*)$", DOCKERFILE).group(1)
@@ -18,7 +18,7 @@ def pulled(image):
     """The image's name, after pulling the image if necessary."""
     is_here = run("docker", "image", "inspect", image).returncode == 0
     if not is_here and run("docker", "pull", image).returncode != 0:
-        missing(f"no base image {image}")
+        skip_except_on_ci(f"no base image {image}")
     return image
 
 
@@ -36,11 +36,26 @@ def build(folder, tag, base_image, *options):
     return name
 
 
+def assert_confined_as_on_lambda(inspected, memory_mb=256):
+    """Asserts that a container, as `docker inspect` shows it, has the limits that Lambda sets."""
+    host = inspected["HostConfig"]
+    assert inspected["Config"]["User"] == "60999:60999"
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+    assert host["ReadonlyRootfs"]
+    assert host["Tmpfs"] == {"/tmp": "exec,size=512m"}
+    assert host["IpcMode"] == "none"
+    assert host["Memory"] == memory_mb * 1024 * 1024
+    assert host["PidsLimit"] == 1024
+    assert host["Ulimits"] == [{"Name": "nofile", "Hard": 1024, "Soft": 1024}]
+
+
 @pytest.fixture(scope="session")
 def engine():
     """Skips the test unless a Docker engine answers."""
     if run(tool("docker"), "version").returncode != 0:
-        missing("no Docker engine on this machine")
+        skip_except_on_ci("no Docker engine on this machine")
     yield
     images = run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}", TEST_IMAGE)
     run("docker", "image", "rm", "--force", *images.stdout.split())

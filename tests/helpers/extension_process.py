@@ -8,14 +8,14 @@ from pathlib import Path
 
 import cache
 import pytest
-from machine import PROGRAMS, ROOT, Logged
+from machine import PROGRAMS, ROOT, LoggedProcess
 from sample import NAME
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
 PYTHON = [sys.executable, *re.search("(?m)^exec python3 (.*) ", LAUNCHER).group(1).split()]
 
 
-class ExtensionProcess(Logged):
+class ExtensionProcess(LoggedProcess):
     """A started extension."""
 
     @property
@@ -35,7 +35,7 @@ def started(extension, api, prefix=(), **environment):
     return ExtensionProcess([*prefix, *PYTHON, extension], env=environment, cwd="/")
 
 
-def end_of(extension, api, prefix=(), **environment):
+def run_to_end(extension, api, prefix=(), **environment):
     """Runs the extension to its end and returns exit status, output and error output."""
     with started(extension, api, prefix, **environment) as it:
         return it.wait(60), it.out, it.err

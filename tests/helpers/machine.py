@@ -22,34 +22,38 @@ TOOLS = ROOT / ".venv" / "tools" / "bin"
 # The number of this worker of pytest-xdist.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # The AWS CLI and the SDKs require these even for localhost.
-CREDENTIALS = {
+AWS_CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "any",
     "AWS_SECRET_ACCESS_KEY": "any",
     "AWS_DEFAULT_REGION": "eu-central-1",
 }
-# Kept for the tests of the Daemon, and out of all others' way. The workers of pytest-xdist inherit
-# the environment.
-DAEMON = os.environ.setdefault("DAEMON_OF_TESTS", os.environ.pop("LAMBDA_RUNTIME_API_DAEMON", ""))
+# The Daemon's path, out of the way of all tests but the Daemon's. The processes of pytest-xdist
+# inherit the environment.
+if "LAMBDA_RUNTIME_API_DAEMON" in os.environ:
+    os.environ["DAEMON_OF_TESTS"] = os.environ.pop("LAMBDA_RUNTIME_API_DAEMON")
+DAEMON = os.environ.get("DAEMON_OF_TESTS", "")
 
 
-def missing(what):
+def skip_except_on_ci(reason):
     """Skips the test because this machine lacks something; on CI, fails it."""
     if os.environ.get("CI"):
-        pytest.fail(f"{what}, but CI must have it")
-    pytest.skip(what)
+        pytest.fail(f"{reason}, but CI must have it")
+    pytest.skip(reason)
 
 
 def tool(name):
     """The path of a command that not every machine has."""
     found = shutil.which(name, path=f"{TOOLS}:{os.environ['PATH']}")
-    return found or missing(f"no {name} on this machine")
+    if not found:
+        skip_except_on_ci(f"no {name} on this machine")
+    return found
 
 
 def yaml_documents(file):
     """What a YAML file contains, document by document."""
     python = TOOLS / "python3"
     if not python.exists():
-        missing("no PyYAML without --all")
+        skip_except_on_ci("no PyYAML without --all")
     return json.loads(run(python, PROGRAMS / "yaml_to_json.py", file).stdout)
 
 
@@ -58,8 +62,9 @@ def real_daemon():
 
     Skips the test if no path is given.
     """
-    remedy = "LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon"
-    return os.path.abspath(DAEMON) if DAEMON else pytest.skip(f"no Daemon: {remedy}")
+    if not DAEMON:
+        pytest.skip("no Daemon: LAMBDA_RUNTIME_API_DAEMON=its path ./tests/run.sh --all -k daemon")
+    return os.path.abspath(DAEMON)
 
 
 @functools.cache
@@ -70,7 +75,7 @@ def need_namespaces():
     """
     unshare = "unshare --mount --pid --fork"
     if run("sh", "-c", f"{unshare} true || {unshare} --map-root-user true").returncode != 0:
-        missing("this machine, or this container, refuses namespaces")
+        skip_except_on_ci("this machine, or this container, refuses namespaces")
 
 
 def run(*command, timeout=240, **options):
@@ -91,7 +96,7 @@ def run(*command, timeout=240, **options):
 END_WITH_TESTS = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
-class Logged(subprocess.Popen):
+class LoggedProcess(subprocess.Popen):
     """A process whose output and error output can be read while it runs."""
 
     def __init__(self, command, **options):
@@ -105,9 +110,20 @@ class Logged(subprocess.Popen):
         self.kill()  # or the next line would wait for it, for example after a failed test
         super().__exit__(*error)
 
-    out = property(lambda self: Path(self._files[0].name).read_text())
-    err = property(lambda self: Path(self._files[1].name).read_text())
-    output = property(lambda self: self.out + self.err)
+    @property
+    def out(self):
+        """What it has written to standard output so far."""
+        return Path(self._files[0].name).read_text()
+
+    @property
+    def err(self):
+        """What it has written to standard error so far."""
+        return Path(self._files[1].name).read_text()
+
+    @property
+    def output(self):
+        """Both, standard output first."""
+        return self.out + self.err
 
 
 def path_with(folder, programs):
@@ -136,6 +152,18 @@ def wait_until(condition, seconds=60):
         assert time.monotonic() < deadline, f"not true within {seconds} s"
         time.sleep(0.02)
     return result
+
+
+def fastest(measure, limit):
+    """Calls measure() until it returns fewer seconds than the limit, but at most five times.
+
+    Returns the fewest. A busy machine may need more than one try, because it can only prolong what
+    is measured.
+    """
+    measured = []
+    while len(measured) < 5 and (not measured or min(measured) >= limit):
+        measured.append(measure())
+    return min(measured)
 
 
 def free_port():

@@ -13,11 +13,11 @@ from pathlib import Path
 import cache
 import pytest
 from engine import first_base_image
-from machine import PROGRAMS, Logged, free_port, need_namespaces, post, run, wait_until
+from machine import PROGRAMS, LoggedProcess, free_port, need_namespaces, post, run, wait_until
 from sample import NAME
 
 
-class Running(Logged):
+class Running(LoggedProcess):
     """The sample while it runs."""
 
     def __init__(self, command, host, port, **options):
@@ -65,7 +65,7 @@ class Running(Logged):
         os.kill(self.pid if signum == signal.SIGTERM else -self.pid, signum)
         return self.wait(60)
 
-    def ends_cleanly(self, signum=signal.SIGTERM):
+    def assert_signal_ends_it(self, signum=signal.SIGTERM):
         """Asserts that the signal ends the run with 0, and the extension with SHUTDOWN."""
         assert (self.stop(signum), '"eventType": "SHUTDOWN"' in self.output) == (0, True)
 
@@ -116,12 +116,12 @@ def running(
             print(it.output)
 
 
-class Way:
+class WayToRun:
     """A way to run the sample: call it with a copy, and further arguments of running()."""
 
-    def __init__(self, option, machine, **environment):
+    def __init__(self, option, host_name, **environment):
         self.option, self.environment = option, environment
-        self.machine = machine  # the name of this machine for what runs that way
+        self.host_name = host_name  # how what runs that way calls this machine
 
     def __call__(self, sample, *arguments, **more):
         return running(sample, self.option, *arguments, **self.environment | more)
@@ -132,9 +132,9 @@ def start(request):
     """Each way to run the sample."""
     if request.param == "docker":
         request.getfixturevalue("engine")
-        return Way("--docker", "host.docker.internal", BASE_IMAGE=first_base_image())
+        return WayToRun("--docker", "host.docker.internal", BASE_IMAGE=first_base_image())
     request.getfixturevalue("installed_sample")
-    return Way("--no-docker", "localhost")
+    return WayToRun("--no-docker", "localhost")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Copies of the sample: as a new user has it, or changed by a test."""
 
+import re
 import shutil
 import tempfile
 import uuid
@@ -34,10 +35,18 @@ def replace(file, before, after, count=-1):
     file.write_text(text.replace(before, after, count))
 
 
-def once(folder, call):
-    """A line of Python that makes the call the first time only, in a container or here."""
+def remove_hashes(lock_file):
+    """Leaves only names and versions in a lock file."""
+    pins = re.findall(r"(?m)^[\w.-]+==[\w.]+", lock_file.read_text())
+    lock_file.write_text("".join(f"{pin}\n" for pin in pins))
+
+
+def once(folder, statement):
+    """Python code that executes the statement the first time only, in a container or here."""
     done = str(folder / "done")
-    return f"import os; os.path.exists({done!r}) or (os.makedirs({done!r}), {call})\n"
+    return (
+        f"import os\nif not os.path.exists({done!r}):\n    os.makedirs({done!r})\n    {statement}\n"
+    )
 
 
 def rename(sample, name):
@@ -46,16 +55,13 @@ def rename(sample, name):
     assert (renamed.returncode, renamed.stderr) == (0, "")
 
 
-def obey(sample):
-    """Gives a copy an extension that does what its variables say: AT_INIT, AT_INVOKE, AT_SHUTDOWN.
-
-    Returns the copy.
-    """
+def make_obedient(sample):
+    """Gives a copy the extension of obedient_extension.py, and returns the copy."""
     shutil.copy(PROGRAMS / "obedient_extension.py", sample / NAME / "extension.py")
     return sample
 
 
-def evaluate(sample):
+def make_evaluating(sample):
     """Gives a copy a function that evaluates what its event says; returns the copy."""
     shutil.copy(PROGRAMS / "evaluating_function.py", sample / "lambda_function.py")
     return sample
@@ -85,4 +91,4 @@ def copy(folder, sample):
 @pytest.fixture
 def evaluating(copy):
     """A copy of the sample whose function evaluates what its event says."""
-    return evaluate(copy)
+    return make_evaluating(copy)

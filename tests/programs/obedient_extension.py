@@ -1,6 +1,7 @@
-"""An extension that does what it is told, in Python, by its events and its environment.
+"""An extension that executes the Python code that it is given. It takes the place of extension.py.
 
-It takes the place of extension.py in tests.
+The code is in an event's "do", or in the variables AT_START (before it registers), AT_INIT,
+AT_INVOKE and AT_SHUTDOWN.
 """
 
 import json
@@ -13,6 +14,9 @@ from lifecycle import log, run
 
 def do(what, event=None):
     exec(what or "", {**globals(), "event": event})  # noqa: S102
+
+
+do(os.environ.get("AT_START"))
 
 
 def process(event):
