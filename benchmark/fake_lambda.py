@@ -39,7 +39,7 @@ def invoke_event(request_id="request-1", seconds=3600, **more):
 
 
 def resets(connection):
-    """Ends the connection with a TCP resets."""
+    """Ends the connection with a TCP reset."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     raise ConnectionResetError
 
