@@ -5,7 +5,15 @@ import signal
 
 import pytest
 
-pytest_plugins = ["machine", "engine", "sample", "running", "extension_process", "rabbitmq"]
+pytest_plugins = [
+    "machine",
+    "engine",
+    "sample",
+    "running",
+    "extension_process",
+    "batching",
+    "rabbitmq",
+]
 
 # A process that runs in the background, or under nohup, ignores these signals, and so would all
 # that it starts.
@@ -20,7 +28,7 @@ def no_bytecode_beside_the_samples_sources():
 
 
 def pytest_make_parametrize_id(val):
-    """Names parameters, functions by their own names: pytest's differ between processes."""
+    """Gives each parameter a short name, the same in all processes of pytest-xdist."""
     if isinstance(val, bytes):
         val = val[:60]  # some are very long
     return getattr(val, "__name__", str(val)[:60])

@@ -26,6 +26,7 @@ def test_the_rows_of_failure_handling_are_the_names_of_its_tests():
 
 
 def test_the_figures_of_the_readme_are_those_of_the_benchmark():
+    """The README repeats figures of docs/cost.md, which the benchmark has printed."""
     page = PAGES["docs/cost.md"]
     headings = re.search(r"(?m)^\| \| (no extension.+) \|$", page).group(1).split(" | ")
     shown = (
@@ -38,21 +39,21 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
     measured = {}
     for name, *cells in rows(page):  # if two rows have a name, the first counts: on demand
         measured.setdefault(name, [cell.split()[0] for cell in cells])
-    table = PAGES["README.md"].partition("| | no extension |")[2].partition("\n\n")[0]
-    figures = rows(f"|{table}")
+    # The only table of the README with this many columns.
+    figures = [row for row in rows(PAGES["README.md"]) if len(row) == 1 + len(columns)]
     assert len(figures) > 3
     for name, *cells in figures:
         assert cells == [measured[name][column] for column in columns], name
 
 
-def test_the_options_are_those_of_the_script():
+def test_running_locally_shows_the_run_scripts_options():
     options = run(ROOT / f"{NAME}.sh", "--help").stdout.splitlines()[0].partition(".sh ")[2]
     assert f".sh {options}\n" in PAGES["docs/running-locally.md"]
 
 
 @pytest.mark.slow
-def test_the_tests_pass_with_another_answer_and_other_words_once_they_are_told(copy):
-    """As CONTRIBUTING.md says."""
+def test_the_tests_pass_after_the_edits_that_contributing_allows(copy):
+    """Another answer of the function, and other words in the log, of which the tests are told."""
     replace(copy / "lambda_function.py", "Hello from Lambda!", "Goodbye!")
     replace(copy / NAME / "extension.py", RECEIVED, "It happened")
     told = copy / "tests" / "helpers" / "sample.py"
@@ -73,24 +74,28 @@ needs_root = pytest.mark.skipif(
 BENCHMARK = ROOT / "benchmark" / "benchmark.py"
 
 
-def figures_of(page):
-    """The names of a page's figures, without the number of events, which is an option."""
-    return [re.sub(r"[\d,]+ events", "events", name) for name, *_ in rows(page)]
+def names_of_figures(text):
+    """The names of the figures in a text, without the number of events, which is an option."""
+    return [re.sub(r"[\d,]+ events", "events", name) for name, *_ in rows(text)]
 
 
 @pytest.mark.slow
 @needs_root
 def test_one_round_measures_each_figure_of_the_docs():
+    """Without AWS's examples, the column that they would have is that of unpooled.py."""
     ran = run(BENCHMARK, "--rounds", "1", "--invocations", "20", "--events", "1000")
     assert ran.returncode == 0, ran.stderr
     assert "| | no extension | unpooled.py | this extension | http_client.py |\n" in ran.stdout
-    assert figures_of(ran.stdout) == figures_of((ROOT / "docs" / "cost.md").read_text())
+    assert names_of_figures(ran.stdout) == names_of_figures(PAGES["docs/cost.md"])
     measured = rows(ran.stdout)
     assert all(cells[2] != "–" for _, *cells in measured)
-    assert [cell.split()[0] for cell in measured[-1][2:]] == ["1,002", "2", "1"]
+    _, _, unpooled, this_extension, http_client = measured[-1]
+    connections = [cell.split()[0] for cell in (unpooled, this_extension, http_client)]
+    assert connections == ["1,002", "2", "1"]
 
 
 EXITS = "#!/bin/sh\necho 'no such module'\nexit 3\n"
+NOT_ONE = "/extensions must hold one file, an extension"
 
 
 @pytest.mark.slow
@@ -98,10 +103,20 @@ EXITS = "#!/bin/sh\necho 'no such module'\nexit 3\n"
 @pytest.mark.parametrize(
     ("files", "mode", "reason"),
     [
-        ({}, 0o755, "/extensions must hold one file, an extension"),
-        ({"one": EXITS, "two": EXITS}, 0o755, "/extensions must hold one file, an extension"),
-        ({"one": EXITS}, 0o644, "/extensions/one is not executable; try chmod +x"),
-        ({"one": EXITS}, 0o755, "no such module\n\nThe measurement failed: the extension ended"),
+        pytest.param({}, 0o755, NOT_ONE, id="no extension"),
+        pytest.param({"one": EXITS, "two": EXITS}, 0o755, NOT_ONE, id="two extensions"),
+        pytest.param(
+            {"one": EXITS},
+            0o644,
+            "/extensions/one is not executable; try chmod +x",
+            id="not executable",
+        ),
+        pytest.param(
+            {"one": EXITS},
+            0o755,
+            "no such module\n\nThe measurement failed: the extension ended",
+            id="ends at once",
+        ),
     ],
 )
 def test_the_benchmark_says_why_it_cannot_measure_an_extension(tmp_path, files, mode, reason):

@@ -32,7 +32,7 @@ NOT_TODAY = {"errorType": "Extension.SomeReason", "errorMessage": "not today"}
 def assert_fails(extension, api, *words, **environment):
     """Asserts that the extension exits with 1 and one line on standard error; returns the line.
 
-    The line must have these words in it.
+    These words must be in the line.
     """
     status, _, stderr = run_to_end(extension, api, **environment)
     assert status == 1
@@ -43,8 +43,8 @@ def assert_fails(extension, api, *words, **environment):
     return stderr
 
 
-def reported(api, phase="exit"):
-    """The one report of an error that the API got, as JSON."""
+def only_report(api, phase="exit"):
+    """The only report of an error that the API got, from JSON."""
     (request,) = api.requests_for(f"{phase}/error")
     assert request.method == "POST"
     assert request.headers["Lambda-Extension-Identifier"] == IDENTIFIER
@@ -80,26 +80,32 @@ def ends_after(content):
     ],
 )
 def test_aws_lambda_runtime_api_missing_or_malformed(extension, address):
-    assert "secret" not in assert_fails(
-        extension, address, "] AWS_LAMBDA_RUNTIME_API is not HOST:PORT"
-    )
+    """The error does not show the value, which may be a secret in the wrong variable."""
+    line = assert_fails(extension, address, "] AWS_LAMBDA_RUNTIME_API is not HOST:PORT")
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("no..host:9001", "Unicode"),
-        ("127.0.0.1:99999", ""),
-        ("127.0.0.1:1", "ConnectionRefusedError: [Errno 111] Connection refused\n"),
+        pytest.param("no..host:9001", "Unicode", id="not a host name"),
+        pytest.param("127.0.0.1:99999", "", id="not a port"),
+        pytest.param(
+            "127.0.0.1:1",
+            "ConnectionRefusedError: [Errno 111] Connection refused\n",
+            id="a port where nothing listens",
+        ),
     ],
 )
 def test_aws_lambda_runtime_api_wrong(extension, address, reason):
+    """The address has the right form, but nothing answers there: the error shows it."""
     request = f"] POST http://{address}/2020-01-01/extension/register: "
     line = assert_fails(extension, address, f"{request}{reason}")
     assert re.search(r"/register: \w+Error: \S", line)
 
 
 def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(extension, tmp_path):
+    """Nothing of this changes what the extension runs, sends or prints."""
     for module in "json.py", "requests.py", "sitecustomize.py":
         (tmp_path / module).write_text("raise SystemExit('this module is for the function')")
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret\n")
@@ -117,12 +123,11 @@ def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(ex
 
 @pytest.mark.parametrize("closed", [">&-", "> >(:)"], ids=["from the start", "by its reader"])
 def test_standard_output_closed(extension, closed):
+    """It works without logging."""
     with FakeLambda([invoke_event(), invoke_event(), SHUTDOWN]) as api:
-        assert run_to_end(extension, api, ["bash", "-c", f'exec "$@" {closed}', "bash"]) == (
-            0,
-            "",
-            "",
-        )
+        closing = "bash", "-c", f'exec "$@" {closed}', "bash"
+        status, stdout, stderr = run_to_end(extension, api, closing)
+        assert (status, stdout, stderr) == (0, "", "")
         assert len(api.requests_for("event/next")) == 3
 
 
@@ -141,7 +146,7 @@ def test_standard_output_closed_by_your_code(obedient, close):
 
 
 def test_standard_output_read_slowly(obedient):
-    """A signal that a library catches interrupts a write in the middle."""
+    """A line arrives whole, even if a signal that a library catches interrupts its writing."""
     catch = "import signal; signal.signal(signal.SIGALRM, lambda *_: None)"
     ring = f"{catch}; signal.setitimer(signal.ITIMER_REAL, 0.2)"
     slowly = "bash", "-c", 'exec "$@" > >(sleep 1; cat)', "bash"
@@ -157,18 +162,23 @@ NO_IDENTIFIER = ": no valid Lambda-Extension-Identifier in the response\n"
 @pytest.mark.parametrize(
     ("response", "words"),
     [
-        (answer(300), [": 300"]),
-        (answer(307, Location="http://127.0.0.1:1/"), [": 307"]),
-        (answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()]),
-        (answer(), [NO_IDENTIFIER]),
-        (answer(Lambda_Extension_Identifier="two\twords"), [NO_IDENTIFIER]),
-        (resets, [": "]),
-        (None, [": "]),
-        (hangs, [": TimeoutError"]),
-        (b"220 mail.example.com ESMTP\r\n", [": "]),
+        pytest.param(answer(300), [": 300"], id="a status"),
+        pytest.param(answer(307, Location="http://127.0.0.1:1/"), [": 307"], id="a redirect"),
+        pytest.param(answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()], id="a refusal"),
+        pytest.param(answer(), [NO_IDENTIFIER], id="no identifier"),
+        pytest.param(
+            answer(Lambda_Extension_Identifier="two\twords"),
+            [NO_IDENTIFIER],
+            id="a bad identifier",
+        ),
+        pytest.param(resets, [": "], id="a reset"),
+        pytest.param(None, [": "], id="an end"),
+        pytest.param(hangs, [": TimeoutError"], id="nothing"),
+        pytest.param(b"220 mail.example.com ESMTP\r\n", [": "], id="another protocol"),
     ],
 )
 def test_a_registration_that_is_refused_or_not_answered_as_documented(extension, response, words):
+    """It shows the response, and does not try again."""
     with FakeLambda(register=[response]) as api:
         request = f"] POST http://{api.address}/2020-01-01/extension/register: "
         assert_fails(extension, api, request, *words)
@@ -178,34 +188,43 @@ def test_a_registration_that_is_refused_or_not_answered_as_documented(extension,
 @pytest.mark.parametrize(
     ("response", "words"),
     [
-        (answer(300), [": 300"]),
-        (answer(302, Location="http://127.0.0.1:1/"), [": 302"]),
-        (answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()]),
-        (answer(body=b""), [": not an event:"]),
-        (answer(body=b"soon"), [": not an event: soon"]),
-        (answer(body=b"\xff\xfe"), [": not an event:"]),
-        (answer(body=b"5"), [": not an event: 5"]),
-        (answer(body=b"[]"), [": not an event: []"]),
-        (answer(body=b"{}"), [": not an event: {}"]),
-        (answer(body=b'{"eventType": null}'), [': not an event: {"ev']),
-        (answer(body=b"[" * 9_999), [": not an event: [[[["]),
-        (None, [": "]),
-        (resets, [": "]),
-        (b"hello\r\n\r\n", [": "]),
-        (ends_after(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"), [": "]),
+        pytest.param(answer(300), [": 300"], id="a status"),
+        pytest.param(answer(302, Location="http://127.0.0.1:1/"), [": 302"], id="a redirect"),
+        pytest.param(answer(403, NOT_TODAY), [": 403 ", *NOT_TODAY.values()], id="a refusal"),
+        pytest.param(answer(body=b""), [": not an event:"], id="no body"),
+        pytest.param(answer(body=b"soon"), [": not an event: soon"], id="no JSON"),
+        pytest.param(answer(body=b"\xff\xfe"), [": not an event:"], id="no text"),
+        pytest.param(answer(body=b"5"), [": not an event: 5"], id="a number"),
+        pytest.param(answer(body=b"[]"), [": not an event: []"], id="a list"),
+        pytest.param(answer(body=b"{}"), [": not an event: {}"], id="no type"),
+        pytest.param(
+            answer(body=b'{"eventType": null}'), [': not an event: {"ev'], id="a type that is null"
+        ),
+        pytest.param(answer(body=b"[" * 9_999), [": not an event: [[[["], id="deep nesting"),
+        pytest.param(None, [": "], id="an end"),
+        pytest.param(resets, [": "], id="a reset"),
+        pytest.param(b"hello\r\n\r\n", [": "], id="another protocol"),
+        pytest.param(
+            ends_after(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"),
+            [": "],
+            id="an end within the body",
+        ),
     ],
 )
 def test_an_event_that_is_refused_or_not_sent_as_documented(extension, response, words):
+    """It shows and reports the response, and does not ask again."""
     with FakeLambda([response]) as api:
         request = f"] GET http://{api.address}/2020-01-01/extension/event/next: "
         line = assert_fails(extension, api, request, *words)
         assert len(api.requests_for("event/next")) == 1
-        report = reported(api)
+        report = only_report(api)
     assert report["errorMessage"] in line
-    assert (report["errorType"], report["stackTrace"]) == ("Extension.ExtensionsApiError", [])
+    assert report["errorType"] == "Extension.ExtensionsApiError"
+    assert report["stackTrace"] == []
 
 
 def test_an_unknown_event_type(extension):
+    """Lambda may have new types some day: it logs this one, and goes on."""
     unknown = answer(body={"eventType": "\x1b" + 100 * "x"})
     with FakeLambda([unknown, invoke_event("after"), SHUTDOWN]) as api:
         status, stdout, _ = run_to_end(extension, api)
@@ -215,6 +234,7 @@ def test_an_unknown_event_type(extension):
 
 
 def test_connection_closed_between_events(extension):
+    """It connects again for each of twenty events, and loses none."""
     events = [ends_after(invoke_event(str(number))) for number in range(20)]
     with FakeLambda([*events, SHUTDOWN], register=[ends_after(REGISTERED)]) as api:
         status, stdout, stderr = run_to_end(extension, api)
@@ -226,29 +246,50 @@ def test_connection_closed_between_events(extension):
 @pytest.mark.parametrize(
     ("do", "name", "text"),
     [
-        ("{}['no such key']", "KeyError", "'no such key'"),
-        ("sys.exit(0)", "SystemExit", "0"),
-        ("raise Exception('x' * 1001)", "Exception", 1000 * "x"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt", ""),
-        (
+        pytest.param("{}['no such key']", "KeyError", "'no such key'", id="a bug"),
+        pytest.param("sys.exit(0)", "SystemExit", "0", id="sys.exit"),
+        pytest.param("raise Exception('x' * 1001)", "Exception", 1000 * "x", id="a long text"),
+        pytest.param("raise KeyboardInterrupt", "KeyboardInterrupt", "", id="no text"),
+        pytest.param(
             "raise type('Unlucky', (BaseException,), {'__str__': lambda _: 1 / 0})",
             "Unlucky",
             "<exception str() failed>",
+            id="a text that fails",
         ),
-        ("raise type('Größe\\n', (Exception,), {})('5')", "Gr\\xf6\\xdfe\\n", "5"),
-        ("raise SyntaxError('5', ('file.py', 1, 1.5, 'text'))", "SyntaxError", None),
-        ("raise type('E', (Exception,), {'__getattr__': lambda *_: {}[0]})('5')", "E", None),
+        pytest.param(
+            "raise type('Größe\\n', (Exception,), {})('5')",
+            "Gr\\xf6\\xdfe\\n",
+            "5",
+            id="a name that no header may have",
+        ),
+        pytest.param(
+            "raise SyntaxError('5', ('file.py', 1, 1.5, 'text'))",
+            "SyntaxError",
+            None,
+            id="details that fail",
+        ),
+        pytest.param(
+            "raise type('E', (Exception,), {'__getattr__': lambda *_: {}[0]})('5')",
+            "E",
+            None,
+            id="attributes that fail",
+        ),
     ],
 )
 def test_a_bug_in_process(obedient, do, name, text):
+    """Whatever process() raises is shown and reported, with the place where it happened."""
     with FakeLambda([invoke_event(do=do), SHUTDOWN]) as api:
         status, _, stderr = run_to_end(obedient, api)
-        report = reported(api)
+        report = only_report(api)
         assert len(api.requests_for("event/next")) == 1
-    assert (status, report["errorType"]) == (1, f"Extension.{name}")
-    # The first is what Python 3.10 shows, the second is for what Python cannot show at all.
-    unprintable = f"<unprintable {name} object>", f"an exception that cannot be shown: {name}"
-    assert text is None or report["errorMessage"] in (text, *unprintable)
+    assert status == 1
+    assert report["errorType"] == f"Extension.{name}"
+    if text is not None:  # otherwise what Python shows depends on its version
+        assert report["errorMessage"] in (
+            text,
+            f"<unprintable {name} object>",  # Python 3.10
+            f"an exception that cannot be shown: {name}",  # not even Python can show it
+        )
     assert any("in process" in line for line in report["stackTrace"])
     assert re.match(rf"\[{NAME}\] (Traceback \(most|an exception that cannot be shown)", stderr)
     assert re.search(r'File ".*", line \d+, in process', stderr)
@@ -256,20 +297,23 @@ def test_a_bug_in_process(obedient, do, name, text):
 
 
 def test_a_bug_in_process_at_shutdown(obedient):
+    """Here the SHUTDOWN event stands for a signal."""
     with FakeLambda() as api, started(obedient, api, AT_SHUTDOWN="1 / 0") as it:
         wait_until(lambda: api.requests_for("event/next"))
         it.terminate()
         assert it.wait(60) == 1
-        assert reported(api)["errorType"] == "Extension.ZeroDivisionError"
+        assert only_report(api)["errorType"] == "Extension.ZeroDivisionError"
         assert it.err.count("Traceback") == 1
 
 
+# Code after which the process can open no further file.
 NO_FURTHER_FILE = (
     "import resource",
     "in_use = [int(descriptor) for descriptor in os.listdir('/proc/self/fd')]",
     "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)",
     "resource.setrlimit(resource.RLIMIT_NOFILE, (max(in_use), most))",
 )
+# Code after which it can start no further thread: there is no memory for a stack.
 NO_FURTHER_THREAD = (
     "import resource, threading",
     "threading.Thread(target=time.sleep, args=[60]).start()",
@@ -282,40 +326,55 @@ NO_FURTHER_THREAD = (
 @pytest.mark.parametrize("exhaust", [NO_FURTHER_FILE, NO_FURTHER_THREAD], ids=["file", "thread"])
 @pytest.mark.parametrize("where", ["process", "init"])
 def test_an_error_when_no_further_file_can_be_opened_or_thread_started(obedient, where, exhaust):
+    """Showing and reporting an error needs neither, and waits for no thread."""
     code = "\n".join([*exhaust, "{}['no such key']"])
     environment = {"AT_INIT": code} if where == "init" else {}
     with FakeLambda([invoke_event(do=code)]) as api:
         start = time.monotonic()
         status, _, stderr = run_to_end(obedient, api, **environment)
         assert time.monotonic() - start < 30  # not the thread's 60
-        report = reported(api, "init" if where == "init" else "exit")
-    assert (status, report["errorType"]) == (1, "Extension.KeyError")
+        report = only_report(api, "init" if where == "init" else "exit")
+    assert status == 1
+    assert report["errorType"] == "Extension.KeyError"
     assert stderr.count("Traceback") == 1
 
 
 def test_an_error_in_init(obedient):
+    """sys.exit("reason") shows the reason alone, and no event is asked for."""
     with FakeLambda() as api:
         assert_fails(obedient, api, "] COLOR is not set\n", AT_INIT="sys.exit('COLOR is not set')")
-        assert reported(api, "init")["errorMessage"] == "COLOR is not set"
+        assert only_report(api, "init")["errorMessage"] == "COLOR is not set"
         assert not api.requests_for("event/next")
 
 
 def test_an_event_that_process_changes(obedient):
+    """Without its type, the extension could not know whether the event was the last one."""
     with FakeLambda([invoke_event(do="event.clear()"), SHUTDOWN]) as api:
-        assert run_to_end(obedient, api, AT_SHUTDOWN="event.clear()")[0] == 0
+        status, _, _ = run_to_end(obedient, api, AT_SHUTDOWN="event.clear()")
+        assert status == 0
         assert len(api.requests_for("event/next")) == 2
 
 
 def drip(connection):
+    """An answer that comes byte by byte, one a second."""
     for byte in answer(202):
         connection.sendall(bytes([byte]))
         time.sleep(1)
 
 
 @pytest.mark.parametrize(
-    "report", [answer(500), resets, b"no HTTP\r\n", answer(202, Content_Length=10**30), drip, hangs]
+    "report",
+    [
+        pytest.param(answer(500), id="refused"),
+        pytest.param(resets, id="reset"),
+        pytest.param(b"no HTTP\r\n", id="no HTTP"),
+        pytest.param(answer(202, Content_Length=10**30), id="never complete"),
+        pytest.param(drip, id="slow"),
+        pytest.param(hangs, id="no answer"),
+    ],
 )
 def test_an_error_report_that_fails(extension, report):
+    """The error is shown all the same, and the extension ends within five seconds."""
     with FakeLambda([answer(403, NOT_TODAY)], report=report) as api:
         start = time.monotonic()
         assert_fails(extension, api, "/extension/event/next: 403 ", "not today")
@@ -326,20 +385,24 @@ def test_an_error_report_that_fails(extension, report):
 @pytest.mark.parametrize(
     ("body", "shown"),
     [
-        (b"why " * 12_500_000, ": 403 why why "),
-        (
+        pytest.param(b"why " * 12_500_000, ": 403 why why ", id="50 MB"),
+        pytest.param(
             b"red \x1b[31m, \a, and\nleft \xe2\x80\xae\xff",
             r": 403 red \x1b[31m, \x07, and left \u202e\ufffd",
+            id="control characters",
         ),
     ],
 )
 def test_an_error_response_of_any_size_and_content(extension, body, shown):
+    """It shows the beginning of the response, in one line and escaped."""
     with FakeLambda([answer(403, body)]) as api:
         line = assert_fails(extension, api, shown)
-        assert reported(api)["errorMessage"] in line
+        assert only_report(api)["errorMessage"] in line
 
 
 def test_a_signal_while_a_report_hangs(extension):
+    """It has shown the error. It ends without SHUTDOWN for process(), and with 1."""
+
     def seconds():
         with (
             FakeLambda([answer(403, NOT_TODAY)], report=hangs) as api,
@@ -349,7 +412,8 @@ def test_a_signal_while_a_report_hangs(extension):
             begin = time.monotonic()
             it.terminate()
             assert it.wait(60) == 1
-            assert it.err.count("not today") == it.err.count("\n") == 1
+            assert it.err.count("\n") == 1
+            assert it.err.count("not today") == 1
             assert it.received == []
             return time.monotonic() - begin
 
@@ -363,23 +427,28 @@ def assert_signal_ends_it(it, signum=signal.SIGTERM, stderr=""):
     """
     it.send_signal(signum)
     assert it.wait(60) == 0
-    assert stderr in (None, it.err)
-    assert it.received.index("SHUTDOWN") == len(it.received) - 1
+    if stderr is not None:
+        assert it.err == stderr
+    assert it.received[-1] == "SHUTDOWN"
+    assert it.received.count("SHUTDOWN") == 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_run(extension, tmp_path, signum):
+    """Nothing has begun that must be shut down, so it ends at once."""
     slow_start = "print('Begun')\nimport time\ntime.sleep(60)\n"
     slow = variant(extension, tmp_path, {"extension.py": f"import lifecycle\n{slow_start}"})
     with FakeLambda() as api, started(slow, api) as it:
         wait_until(lambda: "Begun" in it.out)
         it.send_signal(signum)
-        assert (it.wait(60), it.out, it.err) == (0, "Begun\n", "")
+        assert it.wait(60) == 0
+        assert (it.out, it.err) == ("Begun\n", "")
         assert not api.requests
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_waiting(obedient, signum):
+    """The SHUTDOWN event has a deadline 1.5 seconds ahead. A second signal changes nothing."""
     another_one = f"os.kill(os.getpid(), {signum:d})"
     shutdown = re.compile(f'"shutdownReason": "{signum.name}", "deadlineMs": (\\d+)')
 
@@ -389,8 +458,9 @@ def test_a_signal_while_waiting(obedient, signum):
             begin = time.time()
             assert_signal_ends_it(it, signum)
             end = time.time()
-            deadline = int(shutdown.search(it.out).group(1)) / 1000
-            assert begin + 1.5 <= deadline + 0.001 <= end + 1.501
+            deadline = int(shutdown.search(it.out).group(1)) / 1000  # rounded to milliseconds
+            assert begin + 1.499 <= deadline
+            assert deadline <= end + 1.5
             return end - begin
 
     assert fastest(seconds, 1) < 1  # not only when the time for a shutdown is over
@@ -401,9 +471,8 @@ def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
     """Your code ends first: a handler must not call process() in the middle of it."""
     waiting = f"while not os.path.exists('{tmp_path}/end'): time.sleep(0.01)"
     code = f"log('Begun')\n{waiting}\nlog('Ended')"
-    events, environment = (
-        ([invoke_event(do=code)], {}) if where == "process" else ([], {"AT_INIT": code})
-    )
+    events = [invoke_event(do=code)] if where == "process" else []
+    environment = {"AT_INIT": code} if where == "init" else {}
     with FakeLambda(events) as api, started(obedient, api, **environment) as it:
         wait_until(lambda: "] Begun\n" in it.out)
         it.terminate()
@@ -415,20 +484,22 @@ def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
 
 
 @pytest.mark.parametrize("do", ["time.sleep(60)", "os.system('sleep 3')"])
-@pytest.mark.parametrize("at_shutdown", [False, True])
+@pytest.mark.parametrize("at_shutdown", [False, True], ids=["at INVOKE", "at SHUTDOWN"])
 def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, do, at_shutdown):
-    events, environment = ([], {"AT_SHUTDOWN": do}) if at_shutdown else ([invoke_event(do=do)], {})
+    """It ends after 1.5 seconds, even in os.system(), a call into C that takes 3 seconds here."""
+    events = [] if at_shutdown else [invoke_event(do=do)]
+    environment = {"AT_SHUTDOWN": do} if at_shutdown else {}
     with FakeLambda([*events, hangs]) as api, started(obedient, api, **environment) as it:
         wait_until(lambda: api.requests_for("event/next") if at_shutdown else it.received)
         start = time.monotonic()
         it.terminate()
-        control = subprocess.Popen(["sleep", "2.5"])  # later on a busy machine
-        wait_until(lambda: it.poll() is not None or control.poll() is not None)
-        assert (it.poll(), control.poll()) == (0, None)
+        # 2.5 seconds, and more on a busy machine, as for the extension.
+        stopwatch = subprocess.Popen(["sleep", "2.5"])
+        wait_until(lambda: it.poll() is not None or stopwatch.poll() is not None)
+        assert (it.poll(), stopwatch.poll()) == (0, None)
         assert time.monotonic() - start >= 1.5
-        control.kill()
-        control.wait()
-        # os.system() is a call into C, which returns only after 3 seconds.
+        stopwatch.kill()
+        stopwatch.wait()
         assert "Done" not in it.out
 
 
@@ -443,25 +514,25 @@ def test_a_signal_after_shutdown(obedient):
                 assert it.wait(60) == 0
 
 
-def assert_goes_on_after(obedient, events, logged):
-    """Asserts that the extension goes on after events with these codes, [[line]].
+def assert_goes_on_after(obedient, codes, logged):
+    """Asserts that the extension goes on after events with these codes, which are lists of lines.
 
     It must log the lines that are given, and register no second time.
     """
-    codes = ["\n".join(["import signal", *lines]) for lines in events]
-    answers = [*(invoke_event(do=code) for code in codes), hangs]
-    with FakeLambda([*answers]) as api, started(obedient, api) as it:
-        wait_until(lambda: len(api.requests_for("event/next")) == len(answers))
+    events = [invoke_event(do="\n".join(["import signal", *lines])) for lines in codes]
+    with FakeLambda([*events, hangs]) as api, started(obedient, api) as it:
+        wait_until(lambda: len(api.requests_for("event/next")) == len(events) + 1)
         assert re.findall(r"\] (The .*)\n", it.out) == logged
         time.sleep(2)  # longer than the watchdog waits
         assert it.poll() is None
         assert not api.requests_for("exit/error")
-        assert len(api.requests_for("event/next")) == len(answers)
+        assert len(api.requests_for("event/next")) == len(events) + 1
         assert len(api.requests_for("register")) == 1
         assert_signal_ends_it(it, stderr=None)
 
 
 def test_signals_that_are_not_for_the_extension(obedient):
+    """A library may use other signals, such as an alarm."""
     alarm = (
         "signal.signal(signal.SIGALRM, lambda *_: log('The alarm rang'))",
         "signal.raise_signal(signal.SIGALRM)",
@@ -469,16 +540,9 @@ def test_signals_that_are_not_for_the_extension(obedient):
     assert_goes_on_after(obedient, [alarm], ["The alarm rang"])
 
 
-FORK = (
-    "reader, writer = os.pipe()",
-    "pid = os.fork()",
-    "if pid == 0:",
-    "    {child}",
-    "    os.write(writer, b'ready')",
-    "    for _ in range(600): time.sleep(0.1)",  # a signal just before a sleep waits for its end
-    "{parent}",
+LOG_HOW_IT_ENDS = (
     "_, status = os.wait()",
-    "log(f'The child ended with {{os.waitstatus_to_exitcode(status)}}')",
+    "log(f'The child ended with {os.waitstatus_to_exitcode(status)}')",
 )
 KILL_AT_ONCE = "os.kill(pid, signal.SIGTERM)"
 KILL_WHEN_READY = "os.read(reader, 1); os.kill(pid, signal.SIGTERM)"
@@ -492,42 +556,53 @@ FORKS = [
 ]
 
 
-def test_a_child_process_that_your_code_forks(obedient):
-    codes = [
-        [line.format(child=child, parent=parent) for line in FORK] for child, parent, _ in FORKS
-    ]
-    assert_goes_on_after(
-        obedient, codes, [f"The child ended with {status:d}" for *_, status in FORKS]
+def fork(child, parent):
+    """The lines of code that fork; the child and its parent do what these say."""
+    return (
+        "reader, writer = os.pipe()",
+        "pid = os.fork()",
+        "if pid == 0:",
+        f"    {child}",
+        "    os.write(writer, b'ready')",
+        # Short sleeps, because a signal that comes just before a sleep waits for its end.
+        "    for _ in range(600): time.sleep(0.1)",
+        parent,
+        *LOG_HOW_IT_ENDS,
     )
+
+
+def test_a_child_process_that_your_code_forks(obedient):
+    """However the child ends, the extension goes on, and asks for the next event."""
+    codes = [fork(child, parent) for child, parent, _ in FORKS]
+    logged = [f"The child ended with {status}" for _, _, status in FORKS]
+    assert_goes_on_after(obedient, codes, logged)
 
 
 def test_a_child_process_that_returns_from_your_code(obedient):
-    code = (
-        "pid = os.fork()",
-        "status = pid and os.wait()[1]",
-        "pid and log(f'The child ended with {os.waitstatus_to_exitcode(status)}')",
-    )
+    """The child ends where it would ask for an event. The extension goes on."""
+    code = ("if os.fork() != 0:", *(f"    {line}" for line in LOG_HOW_IT_ENDS))
     assert_goes_on_after(obedient, [code], ["The child ended with 0"])
 
 
 def test_child_processes_of_multiprocessing(obedient):
     """One ends by itself, the other one by a SIGTERM: with -15, or by a handler of its own."""
-    code = (
-        "import multiprocessing",
-        "context = multiprocessing.get_context('{method}')",
-        "ends = context.Process(target=print, args=['Hello from the child'])",
-        "sleeps = context.Process(target=time.sleep, args=[60])",
-        "ends.start(); ends.join()",
-        "sleeps.start(); sleeps.terminate(); sleeps.join()",
-        "log(f'The children ended: {{ends.exitcode == 0 and sleeps.exitcode in (0, -15)}}')",
-    )
-    methods = "fork", "spawn", "forkserver"
-    codes = [[line.format(method=method) for line in code] for method in methods]
+    codes = [
+        (
+            "import multiprocessing",
+            f"context = multiprocessing.get_context('{method}')",
+            "ends = context.Process(target=print, args=['Hello from the child'])",
+            "sleeps = context.Process(target=time.sleep, args=[60])",
+            "ends.start(); ends.join()",
+            "sleeps.start(); sleeps.terminate(); sleeps.join()",
+            "log(f'The children ended: {ends.exitcode == 0 and sleeps.exitcode in (0, -15)}')",
+        )
+        for method in ("fork", "spawn", "forkserver")
+    ]
     assert_goes_on_after(obedient, codes, ["The children ended: True"] * 3)
 
 
 def test_a_signal_while_it_is_suspended(obedient):
-    """When a process goes on, any of its threads may get the signal, not only the main one."""
+    """When a process goes on, any of its threads may get the signal: hence six extensions."""
     with FakeLambda() as api, contextlib.ExitStack() as stack:
         extensions = [stack.enter_context(started(obedient, api)) for _ in range(6)]
         wait_until(lambda: len(api.requests_for("event/next")) == len(extensions))
@@ -538,10 +613,12 @@ def test_a_signal_while_it_is_suspended(obedient):
             it.terminate()
             it.send_signal(signal.SIGCONT)
         for it in extensions:
-            assert (it.wait(60), it.received) == (0, ["SHUTDOWN"])
+            assert it.wait(60) == 0
+            assert it.received == ["SHUTDOWN"]
 
 
 def test_a_signal_at_any_moment_between_two_events(extension):
+    """In each fork of the extension, the signal comes at another line of its code."""
     with FakeLambda([invoke_event("event")]) as api:
         program = PROGRAMS / "signal_at_any_moment.py"
         environment = {"AWS_LAMBDA_RUNTIME_API": api.address}
@@ -550,5 +627,6 @@ def test_a_signal_at_any_moment_between_two_events(extension):
         assert len(api.requests_for("event/next")) == 2
     endings = json.loads(ran.stdout.splitlines()[-1])
     assert len(endings) > 100
+    # A fork may have got its INVOKE event before the signal came.
     good = "0 SHUTDOWN", "0 INVOKESHUTDOWN"
     assert {place: ending for place, ending in endings.items() if ending not in good} == {}

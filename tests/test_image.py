@@ -16,14 +16,14 @@ import pytest
 from engine import BASE_IMAGES, build
 from machine import ROOT, TOOLS, free_port, post, run, skip_except_on_ci, tool, wait_until
 from pages import PAGES, code_blocks
-from sample import HELLO, NAME, RECEIVED, copy_sample, rename, replace
+from sample import HELLO, NAME, RECEIVED, copy_sample, remove_hashes, rename, replace
 
 ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
 STAGE, COPY = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
 RENAMED = "renamed-extension"
 
 
-def inside(image, script):
+def run_inside(image, script):
     """Runs a shell script in the image, as root, and returns what it prints."""
     ran = run("docker", "run", "--rm", "--user", "root", "--entrypoint", "sh", image, "-c", script)
     assert ran.returncode == 0, ran.stderr
@@ -50,74 +50,74 @@ def assert_runs(image, *options, extension=NAME):
 
 def test_stray_and_hidden_files_stay_out(copy, base_image):
     with (copy / "Dockerfile").open("a") as dockerfile:
-        dockerfile.write("COPY data* ${LAMBDA_TASK_ROOT}/data/\n")
+        dockerfile.write("COPY data ${LAMBDA_TASK_ROOT}/data/\n")
     strays = (
-        "{0}/.DS_Store",
-        "{0}/{0}~",
-        "{0}/notes.txt",
-        "extensions/{0}~",
-        "extensions/.{0}.swp",
+        f"{NAME}/.DS_Store",
+        f"{NAME}/{NAME}~",
+        f"{NAME}/notes.txt",
+        f"extensions/{NAME}~",
+        f"extensions/.{NAME}.swp",
         "data/in/.env",
+        "data/.aws/credentials",
     )
-    for path in *strays, "data/.aws/credentials", "data/shown":
-        path = copy / path.format(NAME)
+    for name in *strays, "data/shown":
+        path = copy / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text")
     image = build(copy, "strays", base_image)
-    find = "cd /opt && find -maxdepth 2 -type f && find /var/task/data -type f ! -name '*.py*'"
-    files = inside(image, find).split()
+    find = "cd /opt && find -maxdepth 2 -type f && find /var/task/data -type f"
+    files = run_inside(image, find).split()
     code = [f"./{NAME}/{path.name}" for path in copy.glob(f"{NAME}/*.py")]
     assert sorted(files) == sorted(["/var/task/data/shown", f"./extensions/{NAME}", *code])
 
 
-def test_any_user_can_run_it_read_only_and_without_capabilities_whatever_the_checkout(
-    copy, base_image
-):
+def test_any_user_can_run_it_whatever_the_checkout_looks_like(copy, base_image):
+    """Windows line ends, and files that nobody else may read, as under a strict umask."""
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
         if path.is_file() and b"\r\n" not in (text := path.read_bytes()):
             path.write_bytes(text.replace(b"\n", b"\r\n"))
     image = build(copy, "checkout", base_image)
     find = "find /opt /var/task /var/runtime ! -user root -o -perm /022 ! -type l"
-    assert inside(image, find) == ""
-    assert inside(image, "stat -Lc %a /var/runtime/bootstrap") == "755\n"
+    assert run_inside(image, find) == ""
+    assert run_inside(image, "stat -Lc %a /var/runtime/bootstrap") == "755\n"
     options = "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--workdir=/tmp"
     assert_runs(image, *options, "--user", "12345:54321")
 
 
-@pytest.mark.parametrize("path", ["/var/task/bin", ""])
-def test_it_runs_although_the_function_has_a_path_without_python(image, path):
-    assert_runs(image, "--env", f"PATH={path}")
-
-
 def test_it_trusts_certificate_authorities(image):
     count = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
-    assert int(inside(image, f'python3 -c "{count}"')) > 100
+    assert int(run_inside(image, f'python3 -c "{count}"')) > 100
 
 
-def test_it_adds_at_most_62_mb_with_separate_dependencies_and_without_pip(base_image, image):
+def test_it_adds_at_most_62_mb_to_its_base(base_image, image):
     # Of the files, because what an engine calls the size of an image depends on how it stores it.
     du = "du -sx --apparent-size --block-size=1 /"
-    size, base_size = (int(inside(each, du).split()[0]) for each in (image, base_image))
+    size, base_size = (int(run_inside(each, du).split()[0]) for each in (image, base_image))
     assert size - base_size <= 62_000_000
+
+
+def test_dependencies_stay_separate_and_pip_stays_out(image):
     names = "-name requests -o -name awslambdaric -o -name pip -o -path '/var/lib/apt/lists/*'"
-    found = sorted(inside(image, f"find / -xdev {names}").split())
-    assert found == [f"/opt/{NAME}/requests", "/var/task/awslambdaric"]
+    found = run_inside(image, f"find / -xdev {names}").split()
+    assert sorted(found) == [f"/opt/{NAME}/requests", "/var/task/awslambdaric"]
 
 
 def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
+    """python3 -v says of each module whether it was read from bytecode, or compiled."""
     touch = "find /opt /var/task -name '*.py' -exec touch {} +"
     extension = f"cd /opt/{NAME} && python3 -v -E -S -c 'import lifecycle, requests, http.client'"
     modules = "awslambdaric.__main__, awslambdaric.bootstrap, lambda_function"
     function = f"cd /var/task && python3 -v -c 'import {modules}'"
     for imports in extension, function:
-        trace = inside(image, f"{touch}; ({imports}) 2>&1")
+        trace = run_inside(image, f"{touch}; ({imports}) 2>&1")
         assert "matches /" in trace
         assert not re.findall(r"(?m)^# code object from (?!'?/\S+\.pyc)\S+", trace)
 
 
 @pytest.mark.slow
-def test_a_stage_of_its_own_brings_the_extension_into_another_image(copy, base_image, image):
+def test_the_pages_stage_brings_the_extension_into_another_image(copy, base_image, image):
+    """docs/deploying.md shows the stage, and the line for the last one."""
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     stage = STAGE.replace("debian:bookworm", base_image)
@@ -129,6 +129,7 @@ def test_a_stage_of_its_own_brings_the_extension_into_another_image(copy, base_i
 
 @pytest.mark.slow
 def test_the_function_may_be_a_package(copy, base_image):
+    """The README shows the line of the Dockerfile."""
     (copy / "app").mkdir()
     (copy / "lambda_function.py").rename(copy / "app" / "main.py")
     (line,) = re.findall(r"`(COPY app \S+)`", PAGES["README.md"])
@@ -137,11 +138,11 @@ def test_the_function_may_be_a_package(copy, base_image):
     assert_runs(build(copy, "package", base_image))
 
 
-def test_an_edit_of_code_installs_no_dependency_again(copy, base_image):
+def test_editing_code_does_not_reinstall_the_dependencies(copy, base_image):
     def install_times():
         image = build(copy, "edited", base_image)
         packages = f"/opt/{NAME}/requests/api.py /var/task/awslambdaric/bootstrap.py"
-        return inside(image, f"stat -c %Y {packages} /usr/local/bin/aws-lambda-rie")
+        return run_inside(image, f"stat -c %Y {packages} /usr/local/bin/aws-lambda-rie")
 
     before = install_times()
     for code in "lambda_function.py", f"{NAME}/extension.py":
@@ -151,7 +152,7 @@ def test_an_edit_of_code_installs_no_dependency_again(copy, base_image):
 
 
 def test_a_lock_file_without_hashes_is_refused(copy, base_image):
-    replace(copy / "requirements.txt", "--hash=", "# ")
+    remove_hashes(copy / "requirements.txt")
     built = run("docker", "build", "--build-arg", f"BASE_IMAGE={base_image}", copy)
     assert built.returncode != 0
     assert "Hashes are required in --require-hashes mode" in built.stdout + built.stderr
@@ -180,7 +181,8 @@ def layer(folder):
     return target
 
 
-def test_the_layer_holds_extension_and_launcher_for_any_cpu_and_bytecode_for_any_file_times(layer):
+def test_the_layer_fits_any_cpu_and_is_compiled(layer):
+    """Unchecked bytecode is valid whatever the times of the files are (PEP 552)."""
     assert {path.name for path in layer.glob("extensions/*")} == {RENAMED}
     assert {path.name for path in layer.iterdir()} == {"extensions", RENAMED}
     assert not [*layer.rglob("*.so")]
@@ -192,6 +194,7 @@ def test_the_layer_holds_extension_and_launcher_for_any_cpu_and_bytecode_for_any
 
 
 def test_the_same_input_makes_the_same_layer(folder, layer):
+    """Other file times make no difference."""
     archive = folder / "renamed" / "layer.zip"
     before = archive.read_bytes()
     for file in archive.parent.rglob("*.py"):
@@ -204,14 +207,16 @@ def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
     assert_runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)
 
 
-def test_no_layer_and_no_folder_is_left_when_pip_refuses_a_dependency(copy, tmp_path):
+def test_when_pip_fails_no_layer_is_left_not_even_an_old_one(copy, tmp_path):
     (copy / "layer.zip").write_text("of an earlier build")
-    replace(copy / NAME / "requirements.txt", "--hash=", "# ")
+    remove_hashes(copy / NAME / "requirements.txt")
     made = run(copy / "scripts" / "build-layer", env=os.environ | {"TMPDIR": str(tmp_path)})
-    assert (made.returncode, os.listdir(tmp_path), (copy / "layer.zip").exists()) == (1, [], False)
+    assert made.returncode == 1
+    assert os.listdir(tmp_path) == []
+    assert not (copy / "layer.zip").exists()
 
 
-def test_a_layer_with_a_dependency_that_is_not_pure_is_refused(copy):
+def test_build_layer_refuses_a_dependency_that_is_not_pure_python(copy):
     pins = (copy / "requirements.txt").read_text()
     (compiled,) = re.findall(r"(?m)^awslambdaric==(?:.*\\\n)+.*\n", pins)
     with (copy / NAME / "requirements.txt").open("a") as file:
@@ -222,6 +227,7 @@ def test_a_layer_with_a_dependency_that_is_not_pure_is_refused(copy):
 
 
 def test_only_wheels_are_installed(tmp_path):
+    """Installing a source distribution would run its setup.py."""
     source = tmp_path / "any-1"
     source.mkdir()
     (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -237,16 +243,18 @@ def test_only_wheels_are_installed(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_variable_of_pip_counts_more_than_its_configuration(tmp_path):
-    """A company's own index is in one of them."""
+def test_pips_configuration_counts_and_its_variables_override_it(tmp_path):
+    """A company may name its index in either of them."""
     settings = tmp_path / "pip.conf"
-    settings.write_text("[global]\nindex-url = http://192.0.2.1\nno-index = true\n")
+    lines = "[global]", "no-index = true", "index-url = http://192.0.2.1", "find-links = /nowhere"
+    settings.write_text("\n".join(lines))
     (tmp_path / "lock.txt").write_text("any==1 --hash=sha256:" + "0" * 64 + "\n")
-    environment = {"PIP_CONFIG_FILE": str(settings), "PIP_FIND_LINKS": "/nowhere/links"}
+    environment = {"PIP_CONFIG_FILE": str(settings), "PIP_FIND_LINKS": "/elsewhere"}
     command = ROOT / "scripts" / "pip_install.py", tmp_path / "lock.txt", "--target", tmp_path / "x"
     installed = run(*command, env=os.environ | environment)
-    assert "Looking in links: /nowhere/links" in installed.stdout
-    assert "http://" not in installed.stdout
+    assert "Looking in links: /elsewhere\n" in installed.stdout
+    assert "/nowhere" not in installed.stdout
+    assert "http://" not in installed.stdout  # because of no-index
 
 
 @pytest.mark.slow

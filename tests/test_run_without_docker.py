@@ -6,6 +6,7 @@ What it installs, how it recovers, and how it isolates a run, or links into /opt
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,7 +16,9 @@ import uuid
 import pytest
 from machine import PROGRAMS, processes_of, run, tool, wait_until
 from running import running
-from sample import HELLO, NAME, copy_sample, replace
+from sample import HELLO, NAME, copy_sample, remove_hashes
+
+USER = 12345  # the ID of an ordinary user
 
 
 def installed(sample):
@@ -28,6 +31,38 @@ def installed(sample):
 def fresh(folder):
     """A copy of the sample that has never been run."""
     return copy_sample(folder / uuid.uuid4().hex)
+
+
+def give_to_user(copy):
+    """Gives a copy to an ordinary user; returns the options of running() for that user.
+
+    Without root, the tests run as an ordinary user anyway: then it changes nothing.
+    """
+    if os.geteuid() != 0:
+        return {}
+    for link in copy.glob(".run/*-*"):  # into the cache, which the user may be unable to read
+        original = link.resolve()
+        link.unlink()
+        shutil.copytree(original, link, symlinks=True)
+    for path in [copy, *copy.rglob("*")]:
+        os.chown(path, USER, USER, follow_symlinks=False)
+    return {"user": USER, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
+
+
+def running_without_namespaces(copy, opt, **options):
+    """Runs a copy as in a plain container, which refuses namespaces; the folder opt is its /opt."""
+    options |= {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(opt)}
+    return running(copy, "--no-docker", script=PROGRAMS / "without_namespaces.sh", **options)
+
+
+def assert_refuses_to_run(sample, *said, **options):
+    """Runs a copy that cannot run, and asserts that it prints one line, with these words."""
+    with running(sample, "--no-docker", wait=False, **options) as it:
+        assert it.wait(60) == 1
+    assert it.output.startswith(f"{NAME}: ")
+    assert it.output.count("\n") == 1
+    for words in said:
+        assert words in it.output
 
 
 @pytest.mark.slow
@@ -48,7 +83,7 @@ def test_an_interrupted_installation_leaves_nothing_running_and_the_next_run_wor
 
 @pytest.mark.slow
 def test_when_two_first_runs_start_at_once_one_installs_for_both(fresh):
-    options = as_user(fresh)
+    options = give_to_user(fresh)
     with (
         running(fresh, "--no-docker", wait=False, **options) as one,
         running(fresh, "--no-docker", **options) as other,
@@ -64,7 +99,7 @@ def test_when_two_first_runs_start_at_once_one_installs_for_both(fresh):
 
 @pytest.mark.slow
 def test_when_pip_fails_its_output_is_shown_and_nothing_is_left(fresh):
-    replace(fresh / NAME / "requirements.txt", "--hash=", "# ")
+    remove_hashes(fresh / NAME / "requirements.txt")
     with running(fresh, "--no-docker", wait=False) as it:
         assert it.wait(120) == 1
         assert "Hashes are required in --require-hashes mode" in it.output
@@ -73,7 +108,7 @@ def test_when_pip_fails_its_output_is_shown_and_nothing_is_left(fresh):
 
 
 @pytest.mark.slow
-def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(fresh, tmp_path):
+def test_it_writes_nothing_outside_its_ignored_folder_whatever_pips_settings(fresh, tmp_path):
     def tree():
         paths = *fresh.rglob("*"), *tmp_path.rglob("*")
         return {path for path in paths if ".run" not in path.parts}
@@ -101,36 +136,13 @@ def test_writes_nothing_outside_its_ignored_folder_whatever_the_settings_of_pip(
     assert tree() == before
 
 
-def as_user(path, user=12345):
-    """Options of running() for an ordinary user, who owns the folder."""
-    if os.geteuid() != 0:
-        return {}
-    for link in path.glob(".run/*-*"):  # into the cache, which the user may be unable to read
-        installed = link.resolve()
-        link.unlink()
-        shutil.copytree(installed, link, symlinks=True)
-    for each in [path, *path.rglob("*")]:
-        os.chown(each, user, user, follow_symlinks=False)
-    return {"user": user, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
-
-
-def assert_refuses_to_run(sample, *said, **options):
-    """Runs a copy that cannot run, and asserts that it prints one line, with these words."""
-    with running(sample, "--no-docker", wait=False, **options) as it:
-        assert it.wait(60) == 1
-    assert it.output.count("\n") == 1 and it.output.startswith(f"{NAME}: ")
-    for words in said:
-        assert words in it.output
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(fresh):
-    assert_refuses_to_run(
-        fresh, "Permission denied", f"{fresh}/.run", user=12345, PATH="/usr/bin:/bin"
-    )
+    options = {"user": USER, "PATH": "/usr/bin:/bin"}
+    assert_refuses_to_run(fresh, "Permission denied", f"{fresh}/.run", **options)
     (fresh / ".run").mkdir(0o700)
     said = f"{fresh}/.run belongs to another user, who ran this before: remove it"
-    assert_refuses_to_run(fresh, said, user=12345, PATH="/usr/bin:/bin")
+    assert_refuses_to_run(fresh, said, **options)
 
 
 def test_a_file_where_the_folder_should_be_is_an_error_of_one_line(fresh):
@@ -140,6 +152,7 @@ def test_a_file_where_the_folder_should_be_is_an_error_of_one_line(fresh):
 
 @pytest.mark.usefixtures("installed_sample")
 def test_it_runs_without_execute_bits_and_with_a_tmpdir_that_is_no_folder(copy):
+    """The bits get lost in a ZIP file."""
     for file in copy.rglob("*"):
         if file.is_file() and ".run" not in file.parts:
             file.chmod(0o644)
@@ -172,7 +185,7 @@ def test_a_python_that_is_a_link_makes_an_environment_of_what_it_links_to(fresh,
 
 @pytest.mark.usefixtures("shares_installed")
 def test_what_is_mounted_below_opt_stays_visible_even_for_an_ordinary_user(evaluating):
-    options = as_user(evaluating)
+    options = give_to_user(evaluating)
     script = PROGRAMS / "with_mount_below_opt.sh"
     options |= {"SCRIPT": f"{evaluating}/{NAME}.sh", "AS": str(options.pop("user", ""))}
     with running(evaluating, "--no-docker", script=script, **options) as it:
@@ -190,9 +203,7 @@ def test_where_mounts_are_refused_it_links_into_opt(copy, tmp_path):
     (path / "mount").write_text("#!/bin/sh\necho mount: permission denied >&2\nexit 1\n")
     (path / "mount").chmod(0o755)
     (tmp_path / "opt").mkdir()
-    options = {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path / "opt"), "MOUNT": str(path)}
-    script = PROGRAMS / "without_namespaces.sh"
-    with running(copy, "--no-docker", script=script, **options) as it:
+    with running_without_namespaces(copy, tmp_path / "opt", MOUNT=str(path)) as it:
         assert "mount: permission denied\n" in it.output
         assert it.invoke() == HELLO
         wait_until(lambda: it.received)
@@ -203,6 +214,7 @@ def test_where_mounts_are_refused_it_links_into_opt(copy, tmp_path):
 
 @pytest.mark.usefixtures("installed_sample")
 def test_with_the_tools_of_busybox_it_links_into_opt(copy, tmp_path):
+    """Its `unshare` does not know all options."""
     busybox = tool("busybox")
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -212,9 +224,7 @@ def test_with_the_tools_of_busybox_it_links_into_opt(copy, tmp_path):
     for name, path in ("bash", shutil.which("bash")), ("python3", python):
         (tools / name).unlink(missing_ok=True)
         (tools / name).symlink_to(path)
-    options = {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path / "opt"), "TOOLS": str(tools)}
-    script = PROGRAMS / "without_namespaces.sh"
-    with running(copy, "--no-docker", script=script, **options) as it:
+    with running_without_namespaces(copy, tmp_path / "opt", TOOLS=str(tools)) as it:
         assert "unrecognized option" in it.output
         assert it.invoke() == HELLO
         it.assert_signal_ends_it()
@@ -224,49 +234,46 @@ def test_with_the_tools_of_busybox_it_links_into_opt(copy, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run it for another user")
 @pytest.mark.usefixtures("installed_sample")
 def test_root_may_run_what_another_user_has_run_before(copy):
-    os.chown(copy / ".run", 12345, 12345)
+    os.chown(copy / ".run", USER, USER)
     with running(copy, "--no-docker") as it:
         assert it.invoke() == HELLO
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "before"),
+    "file",
     [
-        ("requirements.txt", "simplejson=="),
-        ("scripts/requirements-rie.txt", "aws-sam-cli=="),
-        ("scripts/pip_install.py", '"""Installs'),
+        "requirements.txt",
+        f"{NAME}/requirements.txt",
+        "scripts/requirements-rie.txt",
+        "scripts/pip_install.py",
+        "scripts/run_without_docker.py",
     ],
 )
 @pytest.mark.usefixtures("installed_sample")
-def test_the_next_run_installs_again_after_an_edit_of_anything_that_decides(copy, file, before):
-    after = f"# changed\n{before}"
-    replace(copy / file, before, after, count=1)
+def test_a_run_installs_again_only_after_an_edit_of_what_decides(copy, file):
+    """What decides are the pins, and the programs that install them."""
+    with running(copy, "--no-docker") as it:
+        assert "installing" not in it.output
+    with (copy / file).open("a") as edited:
+        edited.write("# changed\n")
     with running(copy, "--no-docker") as it:
         assert "installing" in it.output
         assert it.invoke() == HELLO
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("installed_sample")
-def test_the_next_run_installs_again_after_an_edit_of_the_pins(copy):
+def test_it_calls_the_handler_of_the_dockerfile(copy):
+    (copy / "lambda_function.py").rename(copy / "other.py")
+    text = (copy / "Dockerfile").read_text()
+    text = re.sub(r"(?m)^CMD .*", 'CMD [ "other.lambda_handler" ] ', text)
+    (copy / "Dockerfile").write_text(text)
     with running(copy, "--no-docker") as it:
-        assert "installing" not in it.output
-    replace(copy / NAME / "requirements.txt", "requests==", "# changed\nrequests==")
-    with running(copy, "--no-docker") as it:
-        assert "installing" in it.output
+        assert it.invoke() == HELLO
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_the_dockerfiles_handler_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(
-    evaluating,
-):
-    (evaluating / "lambda_function.py").rename(evaluating / "other.py")
-    replace(
-        evaluating / "Dockerfile",
-        'CMD ["lambda_function.lambda_handler"]',
-        'CMD [ "other.lambda_handler" ] ',
-    )
+def test_the_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_machine(evaluating):
     with running(evaluating, "--no-docker") as it:
         assert "template.yaml" in it.invoke({"do": "os.listdir()"})
         shown = it.invoke({"do": "os.listdir('/opt')"})
@@ -277,29 +284,30 @@ def test_the_dockerfiles_handler_sees_its_folder_and_opt_but_no_process_or_packa
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_without_namespaces_it_links_into_opt_while_it_runs_and_replaces_only_dead_links(
+def test_without_namespaces_it_links_into_opt_and_replaces_the_links_of_a_killed_run(
     copy, tmp_path
 ):
-    def linking(**options):
-        options |= {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(tmp_path)}
-        return running(copy, "--no-docker", script=PROGRAMS / "without_namespaces.sh", **options)
-
-    with linking() as it:
+    with running_without_namespaces(copy, tmp_path) as it:
         said = "no namespaces here, see above: linking into /opt for the duration of the run"
         assert f"{NAME}: {said}\n" in it.output
         # As when the machine runs out of memory. First the program that would remove the links.
         processes = processes_of(copy)
-        for pid in sorted(processes, key=lambda pid: "run_without_docker" not in processes[pid]):
+        cleaners = [pid for pid in processes if "run_without_docker" in processes[pid]]
+        for pid in [*cleaners, *processes]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not processes_of(copy))
         assert {*os.listdir(tmp_path)} == {"extensions", NAME}
-    with linking() as it:
+    with running_without_namespaces(copy, tmp_path) as it:
         assert it.invoke() == HELLO
         it.assert_signal_ends_it()
     wait_until(lambda: not os.listdir(tmp_path) and not processes_of(copy))
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_without_namespaces_it_replaces_nothing_else_in_opt(copy, tmp_path):
     (tmp_path / "extensions").mkdir()
-    with linking(wait=False) as it:
+    with running_without_namespaces(copy, tmp_path, wait=False) as it:
         assert it.wait(60) == 1
         said = "cannot link into /opt; end the other run there, or use --docker, or run as root"
         assert f"{NAME}: {said}\n" in it.output

@@ -3,6 +3,7 @@
 import re
 import time
 
+import pytest
 from extension_process import variant
 from machine import ROOT
 from sample import NAME
@@ -19,11 +20,19 @@ socket.socket.settimeout = lambda self, limit: set_limit(self, limit and limit /
 """
 
 
-def extension_with(extension, folder, code, settings=""):
-    """An extension with this code, and batches.py with changed settings, such as "A = 1; B = 2"."""
-    changed = "".join(f"batches.{setting}\n" for setting in settings.split("; ") if setting)
-    files = {"batches.py": BATCHES, "extension.py": f"import batches\n{changed}{code}"}
-    return variant(extension, folder, files)
+@pytest.fixture
+def batching_with(extension, tmp_path):
+    """Makes an extension of some code and batches.py: batching_with(code, BATCH_RECORDS=10).
+
+    The settings of batches.py are changed before the code runs.
+    """
+
+    def make(code, **settings):
+        changes = "".join(f"batches.{name} = {value}\n" for name, value in settings.items())
+        files = {"batches.py": BATCHES, "extension.py": f"import batches\n{changes}{code}"}
+        return variant(extension, tmp_path, files)
+
+    return make
 
 
 def counted(log, what):
@@ -31,11 +40,15 @@ def counted(log, what):
     return sum(map(int, re.findall(rf"(?m)^\[{NAME}\] Records {what}: (\d+)", log)))
 
 
-def timed(times, event=bytes):
-    """An answer that notes when it was asked for, and gives what event() makes, or nothing."""
+def timed(times, make_answer=None):
+    """An answer that notes the time of the request, and then sends what make_answer() returns.
 
-    def give(connection):
+    Without make_answer it sends nothing.
+    """
+
+    def note_time(connection):
         times.append(time.monotonic())
-        connection.sendall(event())
+        if make_answer:
+            connection.sendall(make_answer())
 
-    return give
+    return note_time

@@ -51,7 +51,7 @@ def pip_settings():
     """The variables with which pip takes the wheels that the tests have downloaded once."""
 
     def download(folder):
-        pins = [word for file in PINS for word in ("--requirement", file)]
+        pins = [f"--requirement={file}" for file in PINS]
         options = "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"
         pip = "python3", "-m", "pip", "download", *options, "--only-binary", ":all:"
         downloaded = run(*pip, "--dest", folder, *pins)
@@ -88,7 +88,8 @@ def share_installed(sample):
                 new = CACHE / "new"
                 shutil.rmtree(new, ignore_errors=True)  # of tests that were killed
                 shutil.move(installed, new)
-                for emulator in [*shared.glob("*/aws-lambda-rie")][:1]:
+                emulator = next(shared.glob("*/aws-lambda-rie"), None)
+                if emulator:
                     # By far the largest file, and the same in every installation.
                     (new / emulator.name).unlink()
                     (new / emulator.name).hardlink_to(emulator)

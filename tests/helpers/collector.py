@@ -36,13 +36,17 @@ def refuses(word, status=400):
     return lambda request: answer(status if word.encode() in request.body else 200)
 
 
-def slow(connection):
-    """Answers after the time that process() waits."""
-    time.sleep(1.3)
-    connection.sendall(answer())
+def answers_after(seconds):
+    """Answers 200 after that many seconds."""
+
+    def wait(connection):
+        time.sleep(seconds)
+        connection.sendall(answer())
+
+    return wait
 
 
-def deaf(connection):
+def answers_once(connection):
     """Answers this request, but no further one on the same connection, as after a freeze."""
     connection.sendall(answer())
     time.sleep(60)
@@ -70,8 +74,8 @@ BOMB = {
 SUCCESSES = {
     "works": answer(),
     "accepts": answer(202),
-    "is slow": slow,
-    "answers once on a connection": deaf,
+    "is slow": answers_after(1.3),  # longer than process() waits
+    "answers once on a connection": answers_once,
     "drips the body of its answer": drips(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"),
     "answers with a bomb": answer(200, **BOMB),
 }

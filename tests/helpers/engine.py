@@ -27,13 +27,13 @@ def first_base_image():
     return pulled(BASE_IMAGES[0])
 
 
-def build(folder, tag, base_image, *options):
-    """Builds an image with the engine's own builder, and returns its name."""
-    name = tag if ":" in tag else f"{TEST_IMAGE}:{tag}"
+def build(folder, tag, base_image, *options, name=TEST_IMAGE):
+    """Builds the image NAME:TAG with the engine's own builder, and returns that name."""
+    image = f"{name}:{tag}"
     argument = f"--build-arg=BASE_IMAGE={base_image}"
-    built = run("docker", "build", "--tag", name, argument, *options, folder)
+    built = run("docker", "build", "--tag", image, argument, *options, folder)
     assert built.returncode == 0, built.stdout + built.stderr
-    return name
+    return image
 
 
 def assert_confined_as_on_lambda(inspected, memory_mb=256):

@@ -25,9 +25,9 @@ class ExtensionProcess(LoggedProcess):
 
 
 def started(extension, api, prefix=(), **environment):
-    """Starts the extension as its launcher does, against that API.
+    """Starts the extension as its launcher does, with these variables and a PATH.
 
-    The API is a server, an address as str, or None.
+    The API is a FakeLambda, an address, or None. The prefix is a command that starts the extension.
     """
     environment = {"PATH": os.environ["PATH"]} | environment
     if api:
@@ -36,9 +36,10 @@ def started(extension, api, prefix=(), **environment):
 
 
 def run_to_end(extension, api, prefix=(), **environment):
-    """Runs the extension to its end and returns exit status, output and error output."""
+    """Runs the extension until it ends; returns its status, its output, and its error output."""
     with started(extension, api, prefix, **environment) as it:
-        return it.wait(60), it.out, it.err
+        status = it.wait(60)
+        return status, it.out, it.err
 
 
 def variant(extension, folder, files):
@@ -60,6 +61,6 @@ def extension(folder):
 
 @pytest.fixture(scope="session")
 def obedient(extension, folder):
-    """The same, but it does what its events say."""
-    obedient = (PROGRAMS / "obedient_extension.py").read_text()
-    return variant(extension, folder / "obedient", {"extension.py": obedient})
+    """The same with the code of obedient_extension.py, which executes what it is told."""
+    code = (PROGRAMS / "obedient_extension.py").read_text()
+    return variant(extension, folder / "obedient", {"extension.py": code})

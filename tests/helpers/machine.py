@@ -139,9 +139,11 @@ def path_without(folder, name):
     places = os.environ["PATH"].split(":")
     for number, place in enumerate(places):
         if os.path.exists(f"{place}/{name}"):
-            run("cp", "-as", f"{place}/.", folder / str(number))
-            (folder / str(number) / name).unlink()
-            places[number] = f"{folder}/{number}"
+            links = folder / str(number)
+            links.mkdir()
+            for command in {*os.listdir(place)} - {name}:
+                (links / command).symlink_to(f"{place}/{command}")
+            places[number] = str(links)
     return ":".join(places)
 
 

@@ -20,7 +20,7 @@ def connect(host):
 
 
 def invoke_by_amqp(host, *arguments):
-    """Runs the example client."""
+    """Runs the example client with these arguments; returns its CompletedProcess."""
     uri = f"amqp://{USERNAME}:{PASSWORD.replace(' ', '%20')}@{host}"
     client = ROOT / "examples" / "amqp_invoke.py"
     return run(sys.executable, client, *arguments, env=os.environ | {"AMQP_URI": uri})
@@ -35,7 +35,7 @@ def rabbitmq_image(engine):
         return image
     # Under a name of its own, so that nobody takes it for the official one.
     dockerfile = "--file", PROGRAMS / "rabbitmq.Dockerfile"
-    return build(ROOT, "sample-test-rabbitmq:kept", first_base_image(), *dockerfile)
+    return build(ROOT, "kept", first_base_image(), *dockerfile, name="sample-test-rabbitmq")
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,8 @@ class Running(LoggedProcess):
 
     def assert_signal_ends_it(self, signum=signal.SIGTERM):
         """Asserts that the signal ends the run with 0, and the extension with SHUTDOWN."""
-        assert (self.stop(signum), '"eventType": "SHUTDOWN"' in self.output) == (0, True)
+        assert self.stop(signum) == 0
+        assert '"eventType": "SHUTDOWN"' in self.output
 
 
 @contextlib.contextmanager
@@ -85,14 +86,14 @@ def running(
 ):
     """Runs the sample's run script until it answers, then lets the caller use it.
 
-    The script runs in a session of its own.
+    The script runs in a session of its own. The words of the prefix precede it.
     """
     if "--docker" not in arguments:
         need_namespaces()
     port = port or free_port()
     settings = {} if "--docker" in arguments else cache.pip_settings()
     place = port if host == "127.0.0.1" else f"{host}:{port}"
-    command = [*(prefix or [sample / script]), "-p", place, *arguments]
+    command = [*prefix, sample / script, "-p", place, *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     options = {
         "cwd": cwd,
@@ -129,7 +130,7 @@ class WayToRun:
 
 @pytest.fixture(scope="session", params=["no-docker", "docker"])
 def start(request):
-    """Each way to run the sample."""
+    """Runs the sample, without Docker and in Docker: `with start(copy) as it`."""
     if request.param == "docker":
         request.getfixturevalue("engine")
         return WayToRun("--docker", "host.docker.internal", BASE_IMAGE=first_base_image())

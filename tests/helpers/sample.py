@@ -43,10 +43,14 @@ def remove_hashes(lock_file):
 
 def once(folder, statement):
     """Python code that executes the statement the first time only, in a container or here."""
-    done = str(folder / "done")
-    return (
-        f"import os\nif not os.path.exists({done!r}):\n    os.makedirs({done!r})\n    {statement}\n"
-    )
+    done = repr(str(folder / "done"))
+    lines = [
+        "import os",
+        f"if not os.path.exists({done}):",
+        f"    os.makedirs({done})",
+        f"    {statement}",
+    ]
+    return "\n".join(lines)
 
 
 def rename(sample, name):
@@ -56,13 +60,13 @@ def rename(sample, name):
 
 
 def make_obedient(sample):
-    """Gives a copy the extension of obedient_extension.py, and returns the copy."""
+    """Gives a copy an extension that executes what its variables AT_… say; returns the copy."""
     shutil.copy(PROGRAMS / "obedient_extension.py", sample / NAME / "extension.py")
     return sample
 
 
 def make_evaluating(sample):
-    """Gives a copy a function that evaluates what its event says; returns the copy."""
+    """Gives a copy a function that evaluates what its event says under "do"; returns the copy."""
     shutil.copy(PROGRAMS / "evaluating_function.py", sample / "lambda_function.py")
     return sample
 
@@ -90,5 +94,5 @@ def copy(folder, sample):
 
 @pytest.fixture
 def evaluating(copy):
-    """A copy of the sample whose function evaluates what its event says."""
+    """A copy of the sample whose function evaluates what its event says under "do"."""
     return make_evaluating(copy)

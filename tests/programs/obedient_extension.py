@@ -21,7 +21,7 @@ do(os.environ.get("AT_START"))
 
 def process(event):
     log(f"Received event: {json.dumps(event)}")
-    event_type = event.get("eventType")
+    event_type = event.get("eventType")  # now, because the code may change the event
     do(event.get("do"), event)
     do(os.environ.get(f"AT_{event_type}"), event)
     log("Done")

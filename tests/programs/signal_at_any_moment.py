@@ -1,7 +1,7 @@
-"""Sends SIGTERM to an extension, whose folder is the argument, at any moment.
+"""Sends SIGTERM to an extension at each moment between its first event and its second.
 
-These are the moments between its first event and its second. At each line of the extension, and in
-each function that a line calls, a fork gets the signal. Prints how each fork ended, as JSON:
+The argument is the extension's folder. A moment is a line of the extension, or a function that a
+line calls. At each of them a fork gets the signal. Prints how the forks ended, as JSON:
 {"file:line what": "exit status, events got"}.
 """
 
@@ -20,8 +20,10 @@ def trace(frame, what, argument):
     file = frame.f_code.co_filename
     where = frame.f_lineno if file.startswith(sys.argv[1]) else frame.f_code.co_name
     place = f"{file}:{where} {what}"
-    if file == __file__ or place in endings:
-        return None if file == __file__ else trace
+    if file == __file__:
+        return None
+    if place in endings:
+        return trace
     reader, writer = os.pipe()
     handler = signal.getsignal(signal.SIGTERM)
     pid = os.fork()

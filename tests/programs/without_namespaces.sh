@@ -1,6 +1,7 @@
 #!/bin/sh -e
-# Runs $SCRIPT as a plain container does, which refuses namespaces: here unshare fails, or it is one
-# of the commands in the folder $TOOLS, or mount is the one in the folder $MOUNT. $OPT is its /opt.
+# Runs $SCRIPT as in a plain container, which refuses namespaces. The folder $OPT becomes its /opt.
+# With $TOOLS, all commands come from that folder; with $MOUNT, `mount` is the one in that folder;
+# otherwise `unshare` fails.
 if [ -z "$REFUSED" ]; then
     export REFUSED=yes
     exec unshare --map-root-user --mount "$0" "$@"
