@@ -203,11 +203,12 @@ def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_sh
         "AWS_LAMBDA_FUNCTION_NAME": "stopped",
         "AMQP_URI": f"amqp://{rabbitmq}",
         "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
+        "AT_SHUTDOWN": "time.sleep(1); log('Shut down')",
     }
     options = [f"--env={key}={value}" for key, value in settings.items()]
     options += [f"--entrypoint={entrypoint}", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL"]
     options += [f"--volume={real_daemon()}:/usr/local/bin/aws-lambda-rie"]
-    options.append(build(evaluating, "copies", first_base_image()))
+    options.append(build(make_obedient(evaluating), "copies", first_base_image()))
     containers = []
     with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
         for number in COPIES:
@@ -220,7 +221,7 @@ def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_sh
         stop = "docker", "stop", "--time", seconds, containers[1]
         backlog = Backlog(connection.channel(), "stopped")
         assert backlog.copies_that_answer(after_twenty=lambda: run(*stop)) == {*COPIES}
-        assert '"eventType": "SHUTDOWN"' in run("docker", "logs", containers[1]).stdout
+        assert f"[{NAME}] Shut down\n" in run("docker", "logs", containers[1]).stdout
         # sh has ended the container, not Kubernetes.
         code = run("docker", "inspect", "--format", "{{.State.ExitCode}}", containers[1]).stdout
         assert int(code) == 128 + signal.SIGTERM
@@ -537,6 +538,7 @@ def test_the_client_gives_up_in_time_on_a_silent_broker(parameters):
             id="no such host",
         ),
         pytest.param("user:secret@localhost", "AMQP_URI takes amqp://", id="no scheme"),
+        pytest.param("/lambda", "AMQP_URI takes amqp://", id="a path alone"),
         pytest.param(
             "amqp://user:secret@localhost:port", "AMQP_URI takes amqp://", id="not a port"
         ),

@@ -131,4 +131,6 @@ def test_the_template_gives_init_its_ten_seconds_and_a_choice_of_cpu():
     assert function["Timeout"] >= 10
     assert function["MemorySize"] == 256
     assert function["Architectures"] == ["Ref Architecture"]
-    assert template["Parameters"]["Architecture"]["Default"] == "x86_64"
+    architecture = template["Parameters"]["Architecture"]
+    assert architecture["Default"] == "x86_64"
+    assert {*architecture["AllowedValues"]} == {"x86_64", "arm64"}
