@@ -56,6 +56,8 @@ def test_the_daemon_replaces_the_emulator_on_loopback_and_its_path_may_be_relati
             socket.create_connection(("127.0.0.2", it.port))
         url = f"http://127.0.0.1:{it.port}/2015-03-31/functions/{NAME}/invocations"
         assert f"    curl -XPOST {url} -d " in it.output
+        it.stop()
+        assert "Daemon ended by SIGTERM\n" in it.output
     assert told["argv"][-1] == "lambda_function.lambda_handler"
     assert not [argument for argument in told["argv"] if argument.startswith("--")]
     variables = {

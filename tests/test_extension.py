@@ -174,14 +174,40 @@ def test_everything_is_imported_before_init_and_nothing_during_an_invocation(obe
     assert in_first == in_second
 
 
+# Before the command of an extension: lets Python list each import when it ends.
+LIST_IMPORTS = "bash", "-c", 'exec "$1" -X importtime "${@:2}"', "bash"
+
+
+def imports(stderr):
+    """The modules in a list of imports, in their order."""
+    return re.findall(r"(?m)^import time: .*\| +(\S+)$", stderr)
+
+
 def test_signals_are_caught_before_anything_slow_is_imported(extension):
-    """Until then a signal kills it. Python lists each import when it ends."""
-    list_imports = "bash", "-c", 'exec "$1" -X importtime "${@:2}"', "bash"
+    """Until then a signal kills it."""
     with FakeLambda([SHUTDOWN]) as api:
-        _, _, stderr = run_to_end(extension, api, list_imports)
-    order = re.findall(r"(?m)^import time: .*\| +(\S+)$", stderr)
+        _, _, stderr = run_to_end(extension, api, LIST_IMPORTS)
+    order = imports(stderr)
     for slow in "re", "json", "contextlib", "http.client", "requests":
         assert order.index("signals") < order.index(slow)
+
+
+def test_it_registers_before_it_imports_the_requests_library(extension):
+    """Lambda starts the function's runtime only when the extension has registered."""
+    until_then = []
+
+    def register(connection):
+        until_then.extend(imports(it.err))
+        connection.sendall(REGISTERED)
+
+    with (
+        FakeLambda([SHUTDOWN], register=[register]) as api,
+        started(extension, api, LIST_IMPORTS) as it,
+    ):
+        assert it.wait(60) == 0
+        assert "http.client" in until_then
+        assert "requests" not in until_then
+        assert "requests" in imports(it.err)
 
 
 def test_whatever_lambda_answers_the_client_raises_at_most_an_error_of_one_line(

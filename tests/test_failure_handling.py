@@ -483,12 +483,24 @@ def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
     assert happened == [("Begun", ""), ("Ended", ""), ("", "SHUTDOWN")]
 
 
-@pytest.mark.parametrize("do", ["time.sleep(60)", "os.system('sleep 3')"])
+@pytest.mark.parametrize(
+    ("before", "hang"),
+    [
+        pytest.param("", "time.sleep(60)", id="in Python"),
+        pytest.param("", "os.system('sleep 3')", id="in C"),
+        pytest.param("signal.set_wakeup_fd(-1)", "time.sleep(60)", id="in asyncio"),
+        pytest.param("ring()", "time.sleep(60)", id="after a library's own signal"),
+    ],
+)
 @pytest.mark.parametrize("at_shutdown", [False, True], ids=["at INVOKE", "at SHUTDOWN"])
-def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, do, at_shutdown):
+def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, before, hang, at_shutdown):
     """It ends after 1.5 seconds, even in os.system(), a call into C that takes 3 seconds here."""
-    events = [] if at_shutdown else [invoke_event(do=do)]
-    environment = {"AT_SHUTDOWN": do} if at_shutdown else {}
+    ring = "def ring(): signal.raise_signal(signal.SIGALRM)"
+    init = f"import signal\nsignal.signal(signal.SIGALRM, lambda *_: None)\n{ring}\n{before}"
+    events = [] if at_shutdown else [invoke_event(do=hang)]
+    environment = {"AT_INIT": init}
+    if at_shutdown:
+        environment["AT_SHUTDOWN"] = hang
     with FakeLambda([*events, hangs]) as api, started(obedient, api, **environment) as it:
         wait_until(lambda: api.requests_for("event/next") if at_shutdown else it.received)
         start = time.monotonic()
@@ -501,6 +513,22 @@ def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, do, at_shu
         stopwatch.kill()
         stopwatch.wait()
         assert "Done" not in it.out
+
+
+def test_a_second_signal_when_process_takes_longer_than_a_shutdown(obedient):
+    """It does not let the extension live longer: the first one counts."""
+
+    def seconds():
+        with FakeLambda([invoke_event(do="time.sleep(60)")]) as api, started(obedient, api) as it:
+            wait_until(lambda: it.received)
+            start = time.monotonic()
+            it.terminate()
+            time.sleep(1)
+            it.send_signal(signal.SIGINT)
+            assert it.wait(60) == 0
+            return time.monotonic() - start
+
+    assert fastest(seconds, 2.2) < 2.2
 
 
 def test_a_signal_after_shutdown(obedient):

@@ -85,6 +85,14 @@ def test_any_user_can_run_it_whatever_the_checkout_looks_like(copy, base_image):
     assert_runs(image, *options, "--user", "12345:54321")
 
 
+@pytest.mark.parametrize("path", ["/var/task/bin", ""])
+def test_the_extension_starts_although_the_functions_path_lacks_python(image, path):
+    """Lambda starts it with the function's variables. Here it starts alone, and misses Lambda."""
+    launcher = f"--entrypoint=/opt/extensions/{NAME}"
+    ran = run("docker", "run", "--rm", f"--env=PATH={path}", launcher, image)
+    assert "AWS_LAMBDA_RUNTIME_API is not HOST:PORT" in ran.stderr
+
+
 def test_it_trusts_certificate_authorities(image):
     count = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
     assert int(run_inside(image, f'python3 -c "{count}"')) > 100

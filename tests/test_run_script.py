@@ -285,6 +285,16 @@ def test_a_signal_ends_it_within_two_seconds_with_0_and_nothing_is_left(start, c
     assert fastest(seconds, 2) < 2
 
 
+def test_a_signal_ends_a_run_that_the_terminal_has_suspended(installed_sample, copy):
+    """It suspends a job in the background that writes to it, if it is set so (stty tostop)."""
+    with running(copy, "--no-docker") as it:
+        it.invoke()
+        jobs = {os.getpgid(pid) for pid, command in processes_of(copy).items() if "rie" in command}
+        for job in jobs:
+            os.killpg(job, signal.SIGSTOP)
+        it.assert_signal_ends_it()
+
+
 def test_it_kills_what_ignores_the_signal_and_no_further_signal_interrupts_that(
     start, copy, stand_in
 ):

@@ -312,3 +312,14 @@ def test_without_namespaces_it_replaces_nothing_else_in_opt(copy, tmp_path):
         said = "cannot link into /opt; end the other run there, or use --docker, or run as root"
         assert f"{NAME}: {said}\n" in it.output
     assert os.listdir(tmp_path) == ["extensions"]
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_without_namespaces_it_leaves_the_links_of_a_run_that_goes_on(copy, tmp_path):
+    with running_without_namespaces(copy, tmp_path) as one:
+        links = {path.name: os.readlink(path) for path in tmp_path.iterdir()}
+        with running_without_namespaces(copy, tmp_path, wait=False) as other:
+            assert other.wait(60) == 1
+            assert f"{NAME}: cannot link into /opt" in other.output
+        assert {path.name: os.readlink(path) for path in tmp_path.iterdir()} == links
+        assert one.invoke() == HELLO

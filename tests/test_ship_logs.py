@@ -335,10 +335,19 @@ def test_four_thousand_records_at_shutdown_arrive_at_a_slow_collector(shipping):
     assert counted(stdout, "dropped") == 0
 
 
-@pytest.mark.parametrize(("size", "number"), [(250_000, 20), (20_000, 400), (100, 10_000)])
-@pytest.mark.parametrize("seconds", [0, 0.05], ids=["at once", "after 50 ms"])
-def test_every_line_arrives_once_at_a_collector_that_answers(shipping, size, number, seconds):
+@pytest.mark.parametrize(
+    ("size", "number", "seconds"),
+    [
+        pytest.param(250_000, 20, 0, id="long lines"),
+        pytest.param(20_000, 400, 0, id="lines"),
+        pytest.param(100, 10_000, 0, id="short lines"),
+        pytest.param(20_000, 400, 0.05, id="after 50 ms"),
+        pytest.param(250_000, 20, 0.4, id="a batch takes more than a second"),
+    ],
+)
+def test_every_line_arrives_once_at_a_collector_that_answers(batching_with, size, number, seconds):
     """There are more lines than the buffer holds, so that deliveries have to wait for room."""
+    shipping = batching_with(SHIPPING, SHUTDOWN_SECONDS=20)
     texts = [f"{'x' * (size - 100)} {each}" for each in range(number)]
     at_once = 250_000 // size  # about as many as Lambda puts into one delivery
 
