@@ -7,8 +7,8 @@ import pytest
 
 pytest_plugins = [
     "machine",
-    "engine",
     "sample",
+    "engine",
     "running",
     "extension_process",
     "batching",

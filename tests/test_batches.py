@@ -197,6 +197,15 @@ def test_a_record_larger_than_the_buffer_is_dropped_alone(batching):
     assert counted(log, "dropped") == 1
 
 
+def test_a_record_that_is_longer_than_a_request_may_be_gets_one_of_its_own(batching):
+    long = invoke_event("long", more=600_000 * "x")
+    with Collector(answer()) as collector:
+        run_batching(batching, collector.url, [*events(10), long, *events(10, 20)])
+    assert len(ids(collector.records)) == 22
+    (alone,) = [request for request in collector.requests if b'"long"' in request.body]
+    assert len(alone.json) == 1
+
+
 def test_many_small_records_count_with_the_memory_that_they_take(obedient_batching):
     """A string of one character takes about 50 bytes."""
     many = invoke_event(do="batches.add_texts(['1'] * 100_000)")
@@ -292,6 +301,38 @@ def test_the_number_of_hanging_senders_is_limited(batching_with):
             wait_until(lambda: len(api.requests_for("event/next")) == len(answers))
             time.sleep(0.5)  # in which another sender would have made its request
             assert len(collector.requests) == 3
+
+
+def test_after_a_failure_in_a_long_invocation_the_sender_waits_before_it_tries_again(batching_with):
+    batching = batching_with(README, BATCH_RECORDS=1, BATCH_SECONDS=0.5)
+    times = []
+    with Collector(timed(times, lambda: answer(500))) as collector:
+        with FakeLambda([invoke_event(), hangs]) as api:
+            with started(batching, api, COLLECTOR_URL=collector.url):
+                wait_until(lambda: len(times) >= 4)
+    assert min(later - earlier for earlier, later in pairwise(times[:4])) > 0.4
+
+
+def test_an_answer_to_a_sender_that_has_been_replaced_changes_nothing(batching_with):
+    """The first batch is answered only after a freeze, when the next one is on its way."""
+    batching = batching_with(OBEDIENT, BATCH_RECORDS=1, TIMEOUT_SECONDS=30)
+    answered = []
+
+    def late(connection):
+        wait_until(lambda: len(collector.requests) == 2)
+        connection.sendall(answer())
+        answered.append(True)
+
+    def later(connection):
+        wait_until(lambda: answered)
+        time.sleep(0.3)  # in which the first sender gets its answer
+        connection.sendall(answer())
+
+    frozen = [invoke_event("0"), invoke_event("1", do="move_clock(60)")]
+    with Collector(late, later, answer()) as collector:
+        run_batching(batching, collector.url, frozen)
+    arrived = [record.get("requestId") for record in collector.records]
+    assert arrived == ["0", "0", "1", None]
 
 
 def test_if_no_thread_can_be_started_the_sender_stays(batching_with):

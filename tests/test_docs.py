@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from cache import CACHE
+from engine import DEFAULT_BASE_IMAGE
 from machine import ROOT, run
 from pages import PAGES, rows
 from sample import NAME, RECEIVED, replace
@@ -49,6 +50,11 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmark():
 def test_running_locally_shows_the_run_scripts_options():
     options = run(ROOT / f"{NAME}.sh", "--help").stdout.splitlines()[0].partition(".sh ")[2]
     assert f".sh {options}\n" in PAGES["docs/running-locally.md"]
+
+
+def test_running_locally_names_the_default_base_image():
+    defaults = {row[0]: row[-1] for row in rows(PAGES["docs/running-locally.md"])}
+    assert defaults["`BASE_IMAGE`"] == DEFAULT_BASE_IMAGE
 
 
 @pytest.mark.slow

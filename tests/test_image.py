@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from engine import BASE_IMAGES, build
+from fake_lambda import ScriptedServer, answer
 from machine import ROOT, TOOLS, free_port, post, run, skip_except_on_ci, tool, wait_until
 from pages import PAGES, code_blocks
 from sample import HELLO, NAME, RECEIVED, copy_sample, remove_hashes, rename, replace
@@ -234,35 +235,62 @@ def test_build_layer_refuses_a_dependency_that_is_not_pure_python(copy):
     assert "No matching distribution found for awslambdaric" in made.stderr
 
 
-def test_only_wheels_are_installed(tmp_path):
-    """Installing a source distribution would run its setup.py."""
+@pytest.fixture
+def source_distribution(tmp_path):
+    """A package without a wheel, any 1, in tmp_path. Returns its requirement, with a hash."""
     source = tmp_path / "any-1"
     source.mkdir()
     (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     (source / "PKG-INFO").write_text("Metadata-Version: 1.0\nName: any\nVersion: 1\n")
     archive = shutil.make_archive(str(source), "gztar", tmp_path, "any-1")
     digest = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
-    (tmp_path / "lock.txt").write_text(f"any==1 --hash=sha256:{digest}\n")
-    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    return f"any==1 --hash=sha256:{digest}\n"
+
+
+def pip_install(tmp_path, requirement, **variables):
+    """Installs a requirement as the sample does; of the shell's settings of pip, none count."""
+    (tmp_path / "lock.txt").write_text(requirement)
     command = ROOT / "scripts" / "pip_install.py", tmp_path / "lock.txt", "--target", tmp_path / "x"
-    installed = run(*command, env=environment)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    return run(*command, env=others | {"PIP_CONFIG_FILE": os.devnull} | variables)
+
+
+def test_only_wheels_are_installed(tmp_path, source_distribution):
+    """Installing a source distribution would run its setup.py."""
+    links = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    installed = pip_install(tmp_path, source_distribution, **links)
     assert installed.returncode != 0
     assert "No matching distribution found for any==1" in installed.stderr
     assert not (tmp_path / "ran").exists()
 
 
-def test_pips_configuration_counts_and_its_variables_override_it(tmp_path):
+def test_only_wheels_get_into_the_image(copy, base_image, tmp_path, source_distribution):
+    archive = (tmp_path / "any-1.tar.gz").read_bytes()
+    page = answer(200, b'<a href="any-1.tar.gz">any-1.tar.gz</a>', Content_Type="text/html")
+    with ScriptedServer({"/any-1.tar.gz": [answer(200, archive)], "": [page]}) as server:
+        links = f"--no-index --find-links http://{server.address}/\n"
+        (copy / "requirements.txt").write_text(links + source_distribution)
+        argument = f"--build-arg=BASE_IMAGE={base_image}"
+        built = run("docker", "build", "--network=host", argument, copy)
+    assert built.returncode != 0
+    assert "No matching distribution found for any==1" in built.stdout + built.stderr
+
+
+def test_pip_asks_the_index_of_its_configuration_unless_a_variable_names_another(tmp_path):
     """A company may name its index in either of them."""
+    any_package = "any==1 --hash=sha256:" + "0" * 64
     settings = tmp_path / "pip.conf"
-    lines = "[global]", "no-index = true", "index-url = http://192.0.2.1", "find-links = /nowhere"
-    settings.write_text("\n".join(lines))
-    (tmp_path / "lock.txt").write_text("any==1 --hash=sha256:" + "0" * 64 + "\n")
-    environment = {"PIP_CONFIG_FILE": str(settings), "PIP_FIND_LINKS": "/elsewhere"}
-    command = ROOT / "scripts" / "pip_install.py", tmp_path / "lock.txt", "--target", tmp_path / "x"
-    installed = run(*command, env=os.environ | environment)
-    assert "Looking in links: /elsewhere\n" in installed.stdout
-    assert "/nowhere" not in installed.stdout
-    assert "http://" not in installed.stdout  # because of no-index
+    with (
+        ScriptedServer({"": [answer(404)]}) as configured,
+        ScriptedServer({"": [answer(404)]}) as of_the_variable,
+    ):
+        settings.write_text(f"[global]\nindex-url = http://{configured.address}/\n")
+        pip_install(tmp_path, any_package, PIP_CONFIG_FILE=str(settings))
+        assert [request.path for request in configured.requests] == ["/any/"]
+        variable = {"PIP_INDEX_URL": f"http://{of_the_variable.address}/"}
+        pip_install(tmp_path, any_package, PIP_CONFIG_FILE=str(settings), **variable)
+        assert [request.path for request in of_the_variable.requests] == ["/any/"]
+        assert len(configured.requests) == 1
 
 
 @pytest.mark.slow

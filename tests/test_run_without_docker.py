@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -281,6 +282,17 @@ def test_the_function_sees_its_folder_and_opt_but_no_process_or_package_of_this_
         assert NAME in it.invoke({"do": "os.listdir('/opt/extensions')"})
         assert str(os.getpid()) not in it.invoke({"do": "os.listdir('/proc')"})
         assert it.invoke({"do": "__import__('pip')"})["errorType"] == "ModuleNotFoundError"
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_the_runtime_api_is_on_loopback_alone_and_no_signal_is_blocked(evaluating):
+    with running(evaluating, "--no-docker") as it:
+        address = it.invoke({"do": "os.environ['AWS_LAMBDA_RUNTIME_API']"})
+        port = int(address.rpartition(":")[2])
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port))
+        blocked = "[*__import__('signal').pthread_sigmask(0, [])]"
+        assert it.invoke({"do": blocked}) == []
 
 
 @pytest.mark.usefixtures("installed_sample")

@@ -20,7 +20,7 @@ from collector import TOKEN, Collector, answers_after
 from engine import first_base_image
 from extension_process import run_to_end, started
 from fake_lambda import IDENTIFIER, SHUTDOWN, FakeLambda, answer, hangs, invoke_event
-from machine import LoggedProcess, free_port, processes_of, wait_until
+from machine import LoggedProcess, fastest, free_port, path_with, processes_of, run, wait_until
 from pages import code_blocks
 from running import running
 from sample import NAME
@@ -164,6 +164,7 @@ LOSSES = {
     "no UTF-8": [b'[{"type": "function", "record": "\xff"}]'],
     "no array": [b'{"type": "function"}'],
     "something before the array": [b'x[{"type": "function"}]'],
+    "an array without its end": [b'[{"type": "function"},'],
     "something after the array": [b'[{"type": "function"}] done"}]'],
     "nothing": [b""],
     "too deep": [b"[" * 100_000],
@@ -200,6 +201,24 @@ def test_no_invocation_is_held_for_an_end_that_does_not_arrive(shipping, loss, w
     if loss != "dropped records":
         unreadable = [it["record"] for it in collector.records if it["type"] == "unreadable"]
         assert unreadable == [body.decode(errors="replace") for body in bodies]
+
+
+def test_after_a_loss_the_next_invocation_is_waited_for_again(shipping):
+    asked = []
+
+    def loss(connection):
+        api.deliver(records_of(0, ["platform.start", "platform.logsDropped"]))
+        connection.sendall(invoke_event("0"))
+
+    def next_invocation(connection):
+        api.deliver(records_of(1, ["platform.start"]))
+        connection.sendall(invoke_event("1"))
+        asked.append(bool(select.select([connection], [], [], 0.3)[0]))
+        api.deliver(records_of(1, ["platform.runtimeDone"]))
+
+    with TelemetryApi([loss, next_invocation, SHUTDOWN]) as api:
+        assert run_to_end(shipping, api, COLLECTOR_URL=NOWHERE)[0] == 0
+    assert asked == [False]
 
 
 def test_a_request_that_cannot_be_read_holds_no_invocation(shipping):
@@ -419,17 +438,21 @@ def test_each_format_in_the_readme_suits_its_collector(batching_with, code, judg
 
 def test_an_invocation_that_does_not_end_does_not_keep_it_from_the_next_event(shipping):
     """It has four seconds left, after one that had none left."""
-    times = []
 
-    def endless(connection):
-        api.deliver(records_of(0, ["platform.start"]))
-        times.append(time.monotonic())
-        connection.sendall(invoke_event("0", seconds=4))
+    def seconds():
+        times = []
 
-    with TelemetryApi([invoke_event(seconds=0), endless, timed(times)]) as api:
-        with started(shipping, api, COLLECTOR_URL=NOWHERE):
-            wait_until(lambda: len(times) == 2)
-    assert times[1] - times[0] < 6
+        def endless(connection):
+            api.deliver(records_of(0, ["platform.start"]))
+            times.append(time.monotonic())
+            connection.sendall(invoke_event("0", seconds=4))
+
+        with TelemetryApi([invoke_event(seconds=0), endless, timed(times)]) as api:
+            with started(shipping, api, COLLECTOR_URL=NOWHERE):
+                wait_until(lambda: len(times) == 2)
+        return times[1] - times[0]
+
+    assert fastest(seconds, 5) < 5
 
 
 def test_on_managed_instances_records_are_sent_without_an_event(batching_with):
@@ -481,6 +504,14 @@ def test_on_the_emulators_managed_instances_telemetry_arrives(evaluating, engine
             wait_until(lambda: list(pool.map(invoke, events)) == [2] * 4, 60)
         assert it.stop() == 0
         assert re.search(r" Records not sent yet: [1-9]\d* \(ConnectionError\)", it.output)
+
+
+def test_try_sh_ends_with_the_run_script(sample, tmp_path):
+    path = path_with(tmp_path, {"docker": "exit 1"})
+    command = sample / "examples" / "ship_logs" / "try.sh", "-p", free_port()
+    ran = run(*command, env=os.environ | {"PATH": path}, timeout=60)
+    assert ran.returncode == 1
+    assert "no Docker engine answers" in ran.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import os
 import re
 
+import cache
 import pytest
 from machine import ROOT, run, skip_except_on_ci, tool
 
@@ -31,7 +32,9 @@ def build(folder, tag, base_image, *options, name=TEST_IMAGE):
     """Builds the image NAME:TAG with the engine's own builder, and returns that name."""
     image = f"{name}:{tag}"
     argument = f"--build-arg=BASE_IMAGE={base_image}"
-    built = run("docker", "build", "--tag", image, argument, *options, folder)
+    # One at a time: what one has built, the others find in the engine's cache.
+    with cache.locked("docker"):
+        built = run("docker", "build", "--tag", image, argument, *options, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return image
 
