@@ -484,15 +484,16 @@ def test_a_signal_while_your_code_runs(obedient, where, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "hang"),
+    ("before", "hang", "at_shutdown"),
     [
-        pytest.param("", "time.sleep(60)", id="in Python"),
-        pytest.param("", "os.system('sleep 3')", id="in C"),
-        pytest.param("signal.set_wakeup_fd(-1)", "time.sleep(60)", id="in asyncio"),
-        pytest.param("ring()", "time.sleep(60)", id="after a library's own signal"),
+        pytest.param("", "time.sleep(60)", False, id="in Python"),
+        pytest.param("", "os.system('sleep 3')", False, id="in C"),
+        pytest.param("", "time.sleep(60)", True, id="in Python, at SHUTDOWN"),
+        pytest.param("", "os.system('sleep 3')", True, id="in C, at SHUTDOWN"),
+        pytest.param("signal.set_wakeup_fd(-1)", "time.sleep(60)", False, id="in asyncio"),
+        pytest.param("ring()", "time.sleep(60)", False, id="after a library's own signal"),
     ],
 )
-@pytest.mark.parametrize("at_shutdown", [False, True], ids=["at INVOKE", "at SHUTDOWN"])
 def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, before, hang, at_shutdown):
     """It ends after 1.5 seconds, even in os.system(), a call into C that takes 3 seconds here."""
     ring = "def ring(): signal.raise_signal(signal.SIGALRM)"

@@ -202,6 +202,7 @@ def test_the_layer_fits_any_cpu_and_is_compiled(layer):
         assert compiled.startswith(importlib.util.MAGIC_NUMBER + unchecked_hash)
 
 
+@pytest.mark.slow
 def test_the_same_input_makes_the_same_layer(folder, layer):
     """Other file times make no difference."""
     archive = folder / "renamed" / "layer.zip"

@@ -361,7 +361,7 @@ def test_four_thousand_records_at_shutdown_arrive_at_a_slow_collector(shipping):
         pytest.param(20_000, 400, 0, id="lines"),
         pytest.param(100, 10_000, 0, id="short lines"),
         pytest.param(20_000, 400, 0.05, id="after 50 ms"),
-        pytest.param(250_000, 20, 0.4, id="a batch takes more than a second"),
+        pytest.param(250_000, 10, 0.4, id="a batch takes more than a second"),
     ],
 )
 def test_every_line_arrives_once_at_a_collector_that_answers(batching_with, size, number, seconds):
