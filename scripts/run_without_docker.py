@@ -132,7 +132,10 @@ def locked(folder: Path) -> Iterator[int]:
 def remove_folders_of_killed_runs() -> None:
     """Removes the folders in .run that no run has locked."""
     for folder in RUNS.glob("run.*"):
-        file = open_lock(folder)
+        try:
+            file = open_lock(folder)
+        except FileNotFoundError:
+            continue  # its run has just ended, and removed it
         if try_to_lock(file):
             shutil.rmtree(folder, ignore_errors=True)
         os.close(file)

@@ -164,6 +164,14 @@ def test_it_runs_without_execute_bits_and_with_a_tmpdir_that_is_no_folder(copy):
 
 
 @pytest.mark.usefixtures("installed_sample")
+def test_it_runs_although_the_folder_of_another_run_vanishes_meanwhile(copy):
+    """A link to nowhere looks the same: it is listed, but cannot be opened."""
+    (copy / ".run" / "run.gone").symlink_to("/nowhere/at/all")
+    with running(copy, "--no-docker") as it:
+        assert it.invoke() == HELLO
+
+
+@pytest.mark.usefixtures("installed_sample")
 def test_while_another_run_prepares_itself_it_says_so_and_a_signal_ends_it(copy):
     with open(copy / ".run" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -167,6 +167,8 @@ def test_rename_changes_every_mention_except_of_awss_example_and_leaves_git_alon
     [
         pytest.param("Capital", 2, id="a capital letter"),
         pytest.param("with space", 2, id="a space"),
+        pytest.param("my_extension", 2, id="an underscore, which Kubernetes does not take"),
+        pytest.param("my.extension", 2, id="a dot, which Lambda does not take"),
         pytest.param("tests", 1, id="a name that is taken"),
     ],
 )

@@ -44,7 +44,13 @@ def run_to_end(extension, api, prefix=(), **environment):
 
 def variant(extension, folder, files):
     """A copy of the extension below that folder, with these files, {name: text}, over its own."""
-    copy = Path(shutil.copytree(extension.parent, folder / NAME))
+    copy = folder / NAME
+    copy.mkdir(parents=True)
+    for source in extension.parent.iterdir():
+        if source.is_file():
+            shutil.copy(source, copy)
+        elif source.name != "__pycache__":
+            (copy / source.name).symlink_to(source)  # a package
     for name, text in files.items():
         (copy / name).write_text(text)
     return copy / "extension.py"
