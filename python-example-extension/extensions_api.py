@@ -67,7 +67,9 @@ class ExtensionsApi:
 
         See "Register" in the API's documentation.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]+", self._address):
+        address = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*:([0-9]{1,5})", self._address)
+        # getaddrinfo() takes 65537 for port 1, and so on.
+        if not address or int(address[1]) > 65535:
             raise ExtensionsApiError(
                 "AWS_LAMBDA_RUNTIME_API is not HOST:PORT: Lambda, or its emulator, sets it"
             )
