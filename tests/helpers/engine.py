@@ -28,12 +28,15 @@ def first_base_image():
     return pulled(BASE_IMAGES[0])
 
 
-def build(folder, tag, base_image, *options, name=TEST_IMAGE):
-    """Builds the image NAME:TAG with the engine's own builder, and returns that name."""
+def build(folder, tag, base_image, *options, name=TEST_IMAGE, lock="docker"):
+    """Builds the image NAME:TAG with the engine's own builder, and returns that name.
+
+    Builds with the same lock wait for each other: what one has built, the others find in the
+    engine's cache.
+    """
     image = f"{name}:{tag}"
     argument = f"--build-arg=BASE_IMAGE={base_image}"
-    # One at a time: what one has built, the others find in the engine's cache.
-    with cache.locked("docker"):
+    with cache.locked(lock):
         built = run("docker", "build", "--tag", image, argument, *options, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return image

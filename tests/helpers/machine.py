@@ -78,7 +78,7 @@ def need_namespaces():
         skip_except_on_ci("this machine, or this container, refuses namespaces")
 
 
-def run(*command, timeout=240, **options):
+def run(*command, timeout=400, **options):
     """Runs a command to its end and returns its CompletedProcess, with the output as text.
 
     After the timeout, in seconds, it is killed, and the test fails with its output.
