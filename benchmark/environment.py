@@ -45,7 +45,6 @@ INVOCATION = fake_lambda.answer(
     Lambda_Runtime_Deadline_Ms=fake_lambda.IN_THE_YEAR_2100,
     Lambda_Runtime_Invoked_Function_Arn=FUNCTION_ARN,
 )
-ACCEPTED = fake_lambda.answer(202)
 
 
 class Lambda(fake_lambda.FakeLambda):
@@ -61,8 +60,10 @@ class Lambda(fake_lambda.FakeLambda):
         )
         self.answers |= {
             "/runtime/invocation/next": [self._tells(RUNTIME_ASKS, self.invocations.get)],
-            f"/invocation/{REQUEST_ID}/response": [self._tells(RESPONDS, lambda: ACCEPTED)],
-            "": [ACCEPTED],  # an extension must do without whatever else it asks for
+            f"/invocation/{REQUEST_ID}/response": [
+                self._tells(RESPONDS, lambda: fake_lambda.ACCEPTED)
+            ],
+            "": [fake_lambda.ACCEPTED],  # an extension must do without whatever else it asks for
         }
 
     def _tells(self, what, get_answer):

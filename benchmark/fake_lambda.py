@@ -49,7 +49,7 @@ def hangs(connection):
 
 
 REGISTERED = answer(body={"functionName": "f"}, Lambda_Extension_Identifier=IDENTIFIER)
-REPORTED = answer(202)
+ACCEPTED = answer(202)
 SHUTDOWN = answer(
     body={"eventType": "SHUTDOWN", "shutdownReason": "spindown", "deadlineMs": IN_THE_YEAR_2100}
 )
@@ -145,7 +145,7 @@ class FakeLambda(ScriptedServer):
     errors with `report`.
     """
 
-    def __init__(self, events=(), register=(REGISTERED,), report=REPORTED):
+    def __init__(self, events=(), register=(REGISTERED,), report=ACCEPTED):
         super().__init__(
             {
                 "/extension/register": [*register],

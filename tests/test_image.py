@@ -31,6 +31,14 @@ def run_inside(image, script):
     return ran.stdout
 
 
+def assert_build_fails(folder, base_image, reason, *options):
+    """Asserts that no image can be built, and that the output has this reason."""
+    argument = f"--build-arg=BASE_IMAGE={base_image}"
+    built = run("docker", "build", argument, *options, folder)
+    assert built.returncode != 0
+    assert reason in built.stdout + built.stderr
+
+
 def assert_runs(image, *options, extension=NAME):
     """Asserts that a container answers, and that the extension logs the event."""
     port = free_port()
@@ -175,9 +183,7 @@ def test_editing_code_does_not_reinstall_the_dependencies(copy, base_image):
 
 def test_a_lock_file_without_hashes_is_refused(copy, base_image):
     remove_hashes(copy / "requirements.txt")
-    built = run("docker", "build", "--build-arg", f"BASE_IMAGE={base_image}", copy)
-    assert built.returncode != 0
-    assert "Hashes are required in --require-hashes mode" in built.stdout + built.stderr
+    assert_build_fails(copy, base_image, "Hashes are required in --require-hashes mode")
 
 
 @pytest.fixture(scope="session")
@@ -274,10 +280,8 @@ def test_only_wheels_get_into_the_image(copy, base_image, tmp_path, source_distr
     with ScriptedServer({"/any-1.tar.gz": [answer(200, archive)], "": [page]}) as server:
         links = f"--no-index --find-links http://{server.address}/\n"
         (copy / "requirements.txt").write_text(links + source_distribution)
-        argument = f"--build-arg=BASE_IMAGE={base_image}"
-        built = run("docker", "build", "--network=host", argument, copy)
-    assert built.returncode != 0
-    assert "No matching distribution found for any==1" in built.stdout + built.stderr
+        reason = "No matching distribution found for any==1"
+        assert_build_fails(copy, base_image, reason, "--network=host")
 
 
 def test_pip_asks_the_index_of_its_configuration_unless_a_variable_names_another(tmp_path):

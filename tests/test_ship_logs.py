@@ -78,6 +78,20 @@ class TelemetryApi(FakeLambda):
             raise ConnectionError("the extension has given up the connection")
         return int(response.split(b" ")[1])
 
+    def invocation_that_lasts(self, number, asked):
+        """An invocation that goes on for a moment after its event, and then ends.
+
+        Tells the list asked whether the extension has asked for the next event before that.
+        """
+
+        def invoke(connection):
+            self.deliver(records_of(number, ["platform.start"]))
+            connection.sendall(invoke_event(str(number)))
+            asked.append(bool(select.select([connection], [], [], 0.3)[0]))
+            self.deliver(records_of(number, ["platform.runtimeDone"]))
+
+        return invoke
+
 
 KINDS = "platform.start", "function", "platform.runtimeDone", "platform.report"
 
@@ -210,13 +224,8 @@ def test_after_a_loss_the_next_invocation_is_waited_for_again(shipping):
         api.deliver(records_of(0, ["platform.start", "platform.logsDropped"]))
         connection.sendall(invoke_event("0"))
 
-    def next_invocation(connection):
-        api.deliver(records_of(1, ["platform.start"]))
-        connection.sendall(invoke_event("1"))
-        asked.append(bool(select.select([connection], [], [], 0.3)[0]))
-        api.deliver(records_of(1, ["platform.runtimeDone"]))
-
-    with TelemetryApi([loss, next_invocation, SHUTDOWN]) as api:
+    with TelemetryApi([loss]) as api:
+        api.answers["/extension/event/next"] += [api.invocation_that_lasts(1, asked), SHUTDOWN]
         assert run_to_end(shipping, api, COLLECTOR_URL=NOWHERE)[0] == 0
     assert asked == [False]
 
@@ -266,13 +275,8 @@ def test_a_retry_with_the_same_request_id_waits_for_its_own_end(shipping):
         connection.sendall(invoke_event("0"))
         api.deliver(records_of(0))
 
-    def retry(connection):
-        api.deliver(records_of(0, ["platform.start"]))
-        connection.sendall(invoke_event("0"))
-        asked.append(bool(select.select([connection], [], [], 0.3)[0]))
-        api.deliver(records_of(0, ["platform.runtimeDone"]))
-
-    with TelemetryApi([first, retry, SHUTDOWN]) as api:
+    with TelemetryApi([first]) as api:
+        api.answers["/extension/event/next"] += [api.invocation_that_lasts(0, asked), SHUTDOWN]
         assert run_to_end(shipping, api, COLLECTOR_URL=NOWHERE)[0] == 0
     assert asked == [False]
 

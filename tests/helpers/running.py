@@ -141,7 +141,6 @@ def start(request):
 @pytest.fixture(scope="session")
 def installed_sample(sample):
     """The copy of the sample, after its first run without Docker."""
-    cache.pip_settings()
     with cache.locked("installation"):  # one process installs for all
         cache.share_installed(sample)
         with running(sample, "--no-docker"):
