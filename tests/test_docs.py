@@ -8,7 +8,7 @@ import pytest
 from cache import CACHE
 from engine import DEFAULT_BASE_IMAGE
 from machine import ROOT, run
-from pages import PAGES, rows
+from pages import PAGES, code_blocks, rows
 from sample import NAME, RECEIVED, replace
 
 
@@ -55,6 +55,15 @@ def test_running_locally_shows_the_run_scripts_options():
 def test_running_locally_names_the_default_base_image():
     defaults = {row[0]: row[-1] for row in rows(PAGES["docs/running-locally.md"])}
     assert defaults["`BASE_IMAGE`"] == DEFAULT_BASE_IMAGE
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_process_can_be_called_alone_as_the_page_about_debugging_says(copy):
+    """The debugger that opens gets the command to go on."""
+    (code,) = code_blocks("docs/debugging.md", "Call your code alone")
+    called = run("sh", "-c", code, input="continue\n", cwd=copy)
+    assert called.returncode == 0, called.stderr
+    assert f'[{NAME}] {RECEIVED}: {{"eventType": "INVOKE"}}\n' in called.stdout
 
 
 @pytest.mark.slow

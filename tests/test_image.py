@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 from engine import BASE_IMAGES, build
 from fake_lambda import ScriptedServer, answer
-from machine import ROOT, TOOLS, free_port, post, run, skip_except_on_ci, tool, wait_until
+from machine import (
+    ROOT,
+    TOOLS,
+    free_port,
+    path_with,
+    post,
+    run,
+    skip_except_on_ci,
+    tool,
+    wait_until,
+)
 from pages import PAGES, code_blocks
 from sample import HELLO, NAME, RECEIVED, copy_sample, remove_hashes, rename, replace
 
@@ -299,6 +309,26 @@ def test_pip_asks_the_index_of_its_configuration_unless_a_variable_names_another
         pip_install(tmp_path, any_package, PIP_CONFIG_FILE=str(settings), **variable)
         assert [request.path for request in of_the_variable.requests] == ["/any/"]
         assert len(configured.requests) == 1
+
+
+def test_an_error_in_pips_configuration_ends_the_installation(tmp_path):
+    """Otherwise the packages could come from elsewhere than the configuration says."""
+    settings = tmp_path / "pip.conf"
+    settings.write_text("no section\n")
+    installed = pip_install(tmp_path, "", PIP_CONFIG_FILE=str(settings))
+    assert installed.returncode != 0
+    assert str(settings) in installed.stderr
+
+
+def test_without_a_file_update_pins_writes_every_lock_file(copy, tmp_path):
+    """Here uv only logs what it is given, which ends with the file to read."""
+    log = tmp_path / "uv.log"
+    path = path_with(tmp_path, {"uv": f'echo "$*" >>"{log}"'})
+    ran = run(copy / "scripts" / "update-pins", env=os.environ | {"PATH": path})
+    assert ran.returncode == 0, ran.stderr
+    read = [line.split()[-1] for line in log.read_text().splitlines()]
+    sources = [path.relative_to(copy).as_posix() for path in copy.rglob("requirements*.in")]
+    assert sorted(read) == sorted(sources)
 
 
 @pytest.mark.slow

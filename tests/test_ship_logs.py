@@ -304,8 +304,11 @@ def context_switches(pid):
 
 
 def test_what_arrives_after_shutdown_is_sent_or_not_taken(shipping):
-    """The first two records must be taken, unless a busy machine sends the second one late."""
-    delays = 0, 0.35, 0.2, 0.6
+    """The first three must be taken, unless a busy machine sends them late.
+
+    The third comes later than QUIET_SECONDS after SHUTDOWN, but not after the second one.
+    """
+    delays = 0, 0.3, 0.2, 0.6
 
     def late(connection):
         connection.sendall(SHUTDOWN)
@@ -320,9 +323,9 @@ def test_what_arrives_after_shutdown_is_sent_or_not_taken(shipping):
         with Collector(answer()) as collector, TelemetryApi([late]) as api:
             assert run_to_end(shipping, api, COLLECTOR_URL=collector.url)[0] == 0
         assert {record["record"]["requestId"] for record in collector.records} == taken
-        if {"0", "1"} <= taken:
+        if {"0", "1", "2"} <= taken:
             break
-    assert {"0", "1"} <= taken
+    assert {"0", "1", "2"} <= taken
 
 
 def test_what_arrives_when_the_last_records_are_on_their_way_is_refused(batching_with):
