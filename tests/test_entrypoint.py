@@ -7,6 +7,7 @@ from sample import replace
 HANDLER = "lambda_function.lambda_handler"
 RIE = "aws-lambda-rie"
 RUNTIME = f"python3 -m awslambdaric {HANDLER}"
+WRAPPER = f"wrapper of {HANDLER}"
 OTHER = "python3 -m awslambdaric other.handler"
 ON_LAMBDA = {"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}
 WRAPPED = {"AWS_LAMBDA_EXEC_WRAPPER": "wrapper"}  # found in PATH
@@ -23,7 +24,7 @@ def entrypoint(tmp_path):
         "python3": '#!/bin/sh\necho python3 "$@"\n',
         "own/python3": '#!/bin/sh\necho own python3 "$@"\n',
         RIE: f'#!/bin/sh\necho {RIE}\nAWS_LAMBDA_RUNTIME_API=localhost exec "$@"\n',
-        "wrapper": '#!/bin/sh\n_HANDLER=other.handler exec "$@"\n',
+        "wrapper": '#!/bin/sh\necho "wrapper of $_HANDLER"\n_HANDLER=other.handler exec "$@"\n',
         "lambda-entrypoint.sh": (ROOT / "lambda-entrypoint.sh").read_text(),
     }.items():
         (tmp_path / name).write_text(script)
@@ -49,8 +50,13 @@ def entrypoint(tmp_path):
             id="the argument counts more than _HANDLER",
         ),
         pytest.param([], {"_HANDLER": HANDLER}, [RIE, RUNTIME], id="_HANDLER alone"),
-        pytest.param([HANDLER], WRAPPED, [RIE, OTHER], id="with a wrapper"),
-        pytest.param([HANDLER], WRAPPED | ON_LAMBDA, [OTHER], id="with a wrapper on Lambda"),
+        pytest.param([HANDLER], WRAPPED, [RIE, WRAPPER, OTHER], id="with a wrapper"),
+        pytest.param(
+            [HANDLER],
+            WRAPPED | ON_LAMBDA,
+            [WRAPPER, OTHER],
+            id="with a wrapper on Lambda",
+        ),
         pytest.param(
             [HANDLER],
             ON_LAMBDA | {"PATH": "/var/task/bin"},

@@ -156,6 +156,15 @@ def test_one_client_registers_and_one_session_asks_for_all_events(obedient):
         assert request.headers["User-Agent"].startswith("python-requests/")
 
 
+def test_an_error_is_reported_even_after_your_code_has_closed_every_descriptor(obedient):
+    """The watchdog's pipe is then closed, too."""
+    with FakeLambda([invoke_event(do="os.closerange(3, 1000); {}['no such key']")]) as api:
+        status, _, _ = run_to_end(obedient, api)
+        (report,) = api.requests_for("exit/error")
+    assert status == 1
+    assert report.json["errorType"] == "Extension.KeyError"
+
+
 MODULES = "log('Modules: ' + json.dumps(sorted(sys.modules)))"
 
 
