@@ -125,6 +125,16 @@ def test_the_extension_starts_although_the_functions_path_lacks_python(image, pa
     assert "AWS_LAMBDA_RUNTIME_API is not HOST:PORT" in ran.stderr
 
 
+def test_the_extension_finds_the_python_of_awss_images(image, tmp_path):
+    """It is in /var/lang/bin. Here a stand-in is there, which says what it is to run."""
+    path_with(tmp_path, {"python3": 'echo "$@"'})
+    tmp_path.chmod(0o755)
+    options = f"--volume={tmp_path}:/var/lang/bin:ro", "--env=PATH=/nowhere"
+    launcher = f"--entrypoint=/opt/extensions/{NAME}"
+    ran = run("docker", "run", "--rm", *options, launcher, image)
+    assert ran.stdout.endswith(f"-u /opt/{NAME}/extension.py\n")
+
+
 def test_it_trusts_certificate_authorities(image):
     count = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
     assert int(run_inside(image, f'python3 -c "{count}"')) > 100

@@ -20,10 +20,15 @@ def connect(host):
 
 
 def invoke_by_amqp(host, *arguments):
-    """Runs the example client with these arguments; returns its CompletedProcess."""
+    """Runs the example client with these arguments; returns its CompletedProcess.
+
+    What is not UTF-8 in its output becomes surrogates, as in os.fsdecode().
+    """
     uri = f"amqp://{USERNAME}:{PASSWORD.replace(' ', '%20')}@{host}"
     client = ROOT / "examples" / "amqp_invoke.py"
-    return run(sys.executable, client, *arguments, env=os.environ | {"AMQP_URI": uri})
+    environment = os.environ | {"AMQP_URI": uri}
+    command = sys.executable, client, *arguments
+    return run(*command, env=environment, encoding="utf-8", errors="surrogateescape")
 
 
 @pytest.fixture(scope="session")
