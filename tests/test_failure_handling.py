@@ -200,6 +200,9 @@ def test_a_registration_that_is_refused_or_not_answered_as_documented(extension,
         pytest.param(
             answer(body=b'{"eventType": null}'), [': not an event: {"ev'], id="a type that is null"
         ),
+        pytest.param(
+            answer(body=b'{"eventType": [5]}'), [': not an event: {"ev'], id="a type that is a list"
+        ),
         pytest.param(answer(body=b"[" * 9_999), [": not an event: [[[["], id="deep nesting"),
         pytest.param(None, [": "], id="an end"),
         pytest.param(resets, [": "], id="a reset"),

@@ -321,6 +321,31 @@ def test_pip_asks_the_index_of_its_configuration_unless_a_variable_names_another
         assert len(configured.requests) == 1
 
 
+def test_of_pips_settings_those_count_that_say_where_packages_come_from_or_how(tmp_path):
+    """A stand-in for Python shows the variables that pip would get."""
+    path_with(tmp_path, {"python": "env"})
+    counted = {
+        "PIP_CERT": "/cert.pem",
+        "PIP_CLIENT_CERT": "/client.pem",
+        "PIP_DEFAULT_TIMEOUT": "5",
+        "PIP_EXTRA_INDEX_URL": "https://one.example https://two.example",
+        "PIP_FIND_LINKS": "/wheels",
+        "PIP_INDEX_URL": "https://user:it's@example.com/simple",
+        "PIP_KEYRING_PROVIDER": "disabled",
+        "PIP_NO_INDEX": "1",
+        "PIP_PROXY": "http://proxy.example:3128",
+        "PIP_RETRIES": "6",
+        "PIP_TIMEOUT": "7",
+        "PIP_TRUSTED_HOST": "example.com",
+    }
+    others = {"PIP_USER": "1", "PIP_PREFIX": "/prefix", "PIP_NO_BINARY": ":all:", "PIP_PRE": "1"}
+    pip = ROOT / "scripts" / "pip_install.py", "lock.txt", "--for", tmp_path / "python"
+    shown = run(*pip, env=os.environ | counted | others).stdout.splitlines()
+    always = {"PIP_CONFIG_FILE": os.devnull, "PIP_ROOT_USER_ACTION": "ignore"}
+    given = dict(line.split("=", 1) for line in shown if line.startswith("PIP_"))
+    assert given == counted | always
+
+
 def test_an_error_in_pips_configuration_ends_the_installation(tmp_path):
     """Otherwise the packages could come from elsewhere than the configuration says."""
     settings = tmp_path / "pip.conf"
