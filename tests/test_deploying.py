@@ -6,12 +6,13 @@ import os
 import re
 import threading
 import urllib.parse
+import uuid
 
 import pytest
 from engine import DEFAULT_BASE_IMAGE, first_base_image
 from machine import AWS_CREDENTIALS, ROOT, path_with, run, tool, yaml_documents
 from pages import code_blocks
-from sample import HELLO, NAME, RECEIVED, replace
+from sample import HELLO, NAME, RECEIVED, rename, replace
 
 pytestmark = pytest.mark.slow
 ID = "123456789012"
@@ -105,23 +106,35 @@ def test_every_command_of_the_page_works(tmp_path, copy, shell):
     assert_in_order(expected, [*log, *server.asked, ran.stdout])
 
 
-def test_sam_builds_an_image_without_the_emulator_and_invokes_it(copy, engine):
-    """What SAM prints shows that the extension runs, too."""
+@pytest.fixture
+def images_of_sam(engine):
+    """Removes them in the end."""
+    yield
+    images = run("docker", "images", "--quiet", "hellofunction").stdout.split()
+    run("docker", "rmi", "--force", *images)
+
+
+@pytest.mark.usefixtures("images_of_sam")
+def test_sam_builds_an_image_without_the_emulator_and_invokes_it(copy):
+    """What SAM prints shows that the extension runs, too.
+
+    The copy has a name of its own, which is also the tag of its image.
+    """
+    name = f"sam-test-{uuid.uuid4().hex[:8]}"
+    rename(copy, name)
     replace(copy / "Dockerfile", DEFAULT_BASE_IMAGE, first_base_image())
     environment = os.environ | AWS_CREDENTIALS | {"SAM_CLI_TELEMETRY": "0", "HOME": str(copy)}
     options = {"cwd": copy, "env": environment}
     built = run(tool("sam"), "build", **options)
     assert built.returncode == 0, built.stderr
     ls = "docker", "run", "--rm", "--entrypoint", "ls"
-    listing = run(*ls, f"hellofunction:{NAME}", "/usr/local/bin")
+    listing = run(*ls, f"hellofunction:{name}", "/usr/local/bin")
     assert listing.returncode == 0, listing.stderr
     assert "aws-lambda-rie" not in listing.stdout
     invoke = tool("sam"), "local", "invoke", "--event", "-"
     invoked = run(*invoke, input='{"key": "value"}', **options)
     assert json.loads(invoked.stdout.splitlines()[-1]) == HELLO, invoked.stderr
-    assert f"[{NAME}] {RECEIVED}: " in invoked.stdout + invoked.stderr
-    images = run("docker", "images", "--quiet", "hellofunction").stdout.split()
-    run("docker", "rmi", "--force", *images)
+    assert f"[{name}] {RECEIVED}: " in invoked.stdout + invoked.stderr
 
 
 def test_the_template_gives_init_its_ten_seconds_and_a_choice_of_cpu():
