@@ -121,12 +121,19 @@ def test_variables_of_the_function_a_netrc_and_white_space_around_the_address(ex
     assert not any("Authorization" in request.headers for request in api.requests)
 
 
-@pytest.mark.parametrize("closed", [">&-", "> >(:)"], ids=["from the start", "by its reader"])
-def test_standard_output_closed(extension, closed):
+@pytest.mark.parametrize(
+    "output",
+    [
+        pytest.param(">&-", id="closed from the start"),
+        pytest.param("> >(:)", id="closed by its reader"),
+        pytest.param(">/dev/full", id="on a full disk"),
+    ],
+)
+def test_standard_output_closed_or_on_a_full_disk(extension, output):
     """It works without logging."""
     with FakeLambda([invoke_event(), invoke_event(), SHUTDOWN]) as api:
-        closing = "bash", "-c", f'exec "$@" {closed}', "bash"
-        status, stdout, stderr = run_to_end(extension, api, closing)
+        with_output = "bash", "-c", f'exec "$@" {output}', "bash"
+        status, stdout, stderr = run_to_end(extension, api, with_output)
         assert (status, stdout, stderr) == (0, "", "")
         assert len(api.requests_for("event/next")) == 3
 
@@ -520,16 +527,21 @@ def test_a_signal_when_process_takes_longer_than_a_shutdown(obedient, before, ha
     assert 1.5 <= fastest(seconds, 2.5) < 2.5
 
 
-def test_a_second_signal_when_process_takes_longer_than_a_shutdown(obedient):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)],
+    ids=["SIGTERM first", "SIGINT first"],
+)
+def test_a_second_signal_when_process_takes_longer_than_a_shutdown(obedient, first, second):
     """It does not let the extension live longer: the first one counts."""
 
     def seconds():
         with FakeLambda([invoke_event(do="time.sleep(60)")]) as api, started(obedient, api) as it:
             wait_until(lambda: it.received)
             start = time.monotonic()
-            it.terminate()
+            it.send_signal(first)
             time.sleep(1)
-            it.send_signal(signal.SIGINT)
+            it.send_signal(second)
             assert it.wait(60) == 0
             return time.monotonic() - start
 

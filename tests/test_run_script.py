@@ -259,16 +259,20 @@ def test_an_engine_that_hangs_when_the_run_ends_does_not_hang_the_run(sample, en
 
 
 def test_two_runs_listen_side_by_side_each_on_its_address_alone(start, sample):
-    with start(sample) as one, start(sample, host="127.0.0.2") as other:
-        again = run_script(sample, start.option, "-p", str(one.port), **start.environment)
-        assert f"port {one.port} is in use" in own_last_line(again)
-        for address in ("127.0.0.2", one.port), ("127.0.0.1", other.port):
+    """They may even have the same port."""
+    with start(sample) as one:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", one.port))
+        with start(sample, host="127.0.0.2", port=one.port) as other:
+            place = f"127.0.0.2:{one.port}"
+            again = run_script(sample, start.option, "-p", place, **start.environment)
+            assert f"port {one.port} is in use on 127.0.0.2" in own_last_line(again)
+            assert one.invoke() == other.invoke() == HELLO
+            wait_until(lambda: one.received and other.received)
+            one.stop()
+            assert other.invoke() == HELLO
             with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(address)
-        assert one.invoke() == other.invoke() == HELLO
-        wait_until(lambda: one.received and other.received)
-        one.stop()
-        assert other.invoke() == HELLO
+                socket.create_connection(("127.0.0.1", one.port))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])

@@ -150,10 +150,12 @@ def test_rename_changes_every_mention_except_of_awss_example_and_leaves_git_alon
     git = "git", "-C", copy, "-c", "user.name=any", "-c", "user.email=any"
     for command in ["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", NAME]:
         assert run(*git, *command).returncode == 0
-    changes = (copy / "CHANGELOG.md").read_text()
-    assert NAME in changes
+    assert run(*git, "remote", "add", "origin", f"git@example.com:me/{NAME}.git").returncode == 0
+    unchanged = copy / "CHANGELOG.md", copy / ".git" / "config", copy / ".git" / "logs" / "HEAD"
+    before = [file.read_text() for file in unchanged]
+    assert all(NAME in text for text in before)
     rename(copy, "my-own-extension")
-    assert (copy / "CHANGELOG.md").read_text() == changes
+    assert [file.read_text() for file in unchanged] == before
     assert run(*git, "fsck").returncode == 0
     named = run(*git, "grep", "-h", NAME, "--", ":!docs/cost.md", ":!CHANGELOG.md", ":!LICENSE")
     lines = named.stdout.splitlines()
