@@ -58,7 +58,8 @@ def pip_settings():
         assert downloaded.returncode == 0, downloaded.stderr
 
     wheels = made_once("wheels", download, *PINS)
-    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    # A URL, because pip splits the variable where a path has a space.
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri()}
 
 
 def extension_packages():
