@@ -121,13 +121,13 @@ def test_without_a_broker_http_still_runs_two_invocations_at_once(start, evaluat
     settings = {
         "LAMBDA_RUNTIME_API_DAEMON": real_daemon(),
         "MAX_CONCURRENCY": "2",
-        "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
+        "AWS_LAMBDA_FUNCTION_TIMEOUT": "300",
     }
     with ThreadPoolExecutor() as pool, start(evaluating, **settings) as it:
-        pool.submit(it.invoke, {"do": "time.sleep(40)"}, NAME)
+        pool.submit(it.invoke, {"do": "time.sleep(200)"}, NAME)
         wait_until(lambda: it.received)
         assert it.invoke({"key": 1}, NAME) == {"key": 1}
-        wait_until(lambda: "retry=2" in it.output, 30)
+        wait_until(lambda: "retry=2" in it.output)
         assert it.invoke({"key": 2}, NAME) == {"key": 2}
         it.assert_signal_ends_it()
 
@@ -143,7 +143,7 @@ def test_an_extension_that_dies_is_started_again(start, copy, tmp_path, moment):
             with contextlib.suppress(OSError):  # the invocation that started it gets no answer
                 return it.invoke(function=NAME, timeout=5)
 
-        wait_until(lambda: answer() == HELLO and it.received, 60)
+        wait_until(lambda: answer() == HELLO and it.received)
 
 
 class Backlog:
@@ -284,7 +284,7 @@ def test_compose_confines_the_function_as_the_run_script_does_and_connects_it(
     try:
         up = compose(*project, *files, "up", "--build", "--detach", **environment)
         assert up.returncode == 0, up.stdout + up.stderr
-        wait_until(lambda: inspect("function")["State"]["Health"]["Status"] == "healthy", 60)
+        wait_until(lambda: inspect("function")["State"]["Health"]["Status"] == "healthy")
         url = f"http://127.0.0.1:8080/2015-03-31/functions/{NAME}/invocations"
         told = json.loads(post(url))["environ"]
         expected = {

@@ -61,7 +61,7 @@ def assert_runs(image, *options, extension=NAME):
             return post(url, timeout=60)
 
     try:
-        assert json.loads(wait_until(invoke, 60)) == HELLO
+        assert json.loads(wait_until(invoke)) == HELLO
         wait_until(lambda: f"[{extension}] {RECEIVED}" in run("docker", "logs", name).stdout)
     finally:
         run("docker", "kill", name)

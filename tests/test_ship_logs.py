@@ -508,7 +508,7 @@ def test_on_the_emulators_managed_instances_telemetry_arrives(evaluating, engine
 
             events = [{"do": "time.sleep(2) or 2"}] * 4
             # The first ones meet unready workers.
-            wait_until(lambda: list(pool.map(invoke, events)) == [2] * 4, 60)
+            wait_until(lambda: list(pool.map(invoke, events)) == [2] * 4)
         assert it.stop() == 0
         assert re.search(r" Records not sent yet: [1-9]\d* \(ConnectionError\)", it.output)
 

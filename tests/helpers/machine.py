@@ -147,8 +147,11 @@ def path_without(folder, name):
     return ":".join(places)
 
 
-def wait_until(condition, seconds=60):
-    """Waits until condition() is true, and returns what it returned."""
+def wait_until(condition, seconds=180):
+    """Waits until condition() is true, and returns what it returned.
+
+    The limit is for a fault, and not for a busy machine.
+    """
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, f"not true within {seconds} s"

@@ -55,6 +55,6 @@ def rabbitmq(rabbitmq_image):
         with contextlib.suppress(pika.exceptions.AMQPError), connect(host):
             return True
 
-    wait_until(is_up, 60)
+    wait_until(is_up)
     yield host
     run("docker", "kill", container)

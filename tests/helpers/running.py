@@ -35,7 +35,7 @@ class Running(LoggedProcess):
         """The ID of the container, or an empty string without one."""
         return run("docker", "ps", "-q", "--filter", f"publish={self.port}").stdout.strip()
 
-    def invoke(self, event=None, function="function", timeout=30, **headers):
+    def invoke(self, event=None, function="function", timeout=60, **headers):
         """Invokes the function with that event.
 
         Returns its answer, from JSON, or as text if it is not JSON.
