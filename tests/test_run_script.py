@@ -179,6 +179,12 @@ def test_it_falls_back_and_says_why_unless_docker_is_asked_for(
     assert reason in own_last_line(run_script(installed_sample, "--docker", **environment))
 
 
+def test_the_option_e_may_name_the_base_image(sample, tmp_path):
+    path = path_with(tmp_path, {"docker": "[ $1 = version ]"})
+    ran = run_script(sample, "--docker", "-e", "BASE_IMAGE=no/image", PATH=path)
+    assert "the base image no/image cannot be pulled" in own_last_line(ran)
+
+
 def hanging_docker(folder, command):
     """A PATH with an engine that hangs at a command, and does nothing at the others."""
     return path_with(folder, {"docker": f'case "$1 $2" in "{command}"*) exec sleep 600 ;; esac'})
@@ -199,7 +205,7 @@ def test_a_container_does_not_survive_its_client(sample, engine):
             pid for pid, command in processes_of(sample).items() if command.startswith("docker run")
         ]
         os.kill(client, signal.SIGKILL)
-        assert it.wait(30) == 1
+        assert it.wait(60) == 1
         assert it.output.endswith("the container ended with status 137; see its output above\n")
         wait_until(lambda: nothing_is_left_of(it, sample))
 

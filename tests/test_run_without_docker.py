@@ -178,6 +178,8 @@ def test_while_another_run_prepares_itself_it_says_so_and_a_signal_ends_it(copy)
         with running(copy, "--no-docker", wait=False) as it:
             said = f"{NAME}: waiting for another run to get ready\n"
             wait_until(lambda: said in it.output)
+            time.sleep(0.5)
+            assert it.output.count(said) == 1
             assert it.stop() == 0  # although the test keeps the lock
 
 
