@@ -252,17 +252,22 @@ def links(opt: Path) -> Iterator[None]:
         yield
 
 
-def free_port() -> int:
-    """Returns a free port of loopback, from below those that Linux uses for connections."""
+def free_port(reserved: int) -> int:
+    """Returns a free port of loopback, from below those that Linux uses for connections.
+
+    It is not the reserved one, on which nothing listens yet.
+    """
     while True:
-        port = random.randrange(10_000, 30_000)
+        port = random.randrange(20_000, 32_768)
+        if port == reserved:
+            continue
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
 
 def emulator_command(installed: Path, address: str, port: str) -> tuple[list[str], dict[str, str]]:
     """Returns the command of what emulates Lambda, and the variables that it needs."""
-    api_port = str(free_port())
+    api_port = str(free_port(reserved=int(port)))
     daemon = os.environ.get("LAMBDA_RUNTIME_API_DAEMON")
     if daemon:
         return [daemon], {"INVOKE_API_HOST": address, "PORT": port, "RUNTIME_API_PORT": api_port}

@@ -15,7 +15,7 @@ import time
 import uuid
 
 import pytest
-from machine import PROGRAMS, processes_of, run, tool, wait_until
+from machine import PROGRAMS, free_port, path_with, processes_of, run, tool, wait_until
 from running import running
 from sample import HELLO, NAME, copy_sample, remove_hashes
 
@@ -303,6 +303,26 @@ def test_the_runtime_api_is_on_loopback_alone_and_no_signal_is_blocked(evaluatin
             socket.create_connection(("127.0.0.2", port))
         blocked = "[*__import__('signal').pthread_sigmask(0, [])]"
         assert it.invoke({"do": blocked}) == []
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_the_runtime_api_never_gets_the_port_of_the_endpoint(copy, tmp_path):
+    """Here that port is the first that chance offers."""
+    port = free_port()
+    program = f"""
+import random, runpy, sys
+chosen, offered = random.randrange, [{port}]
+random.randrange = lambda *limits: offered.pop() if offered else chosen(*limits)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    (tmp_path / "program.py").write_text(program)
+    python3 = f"""python={sys.executable}
+case "$2" in *.py) shift; exec "$python" -E '{tmp_path}/program.py' "$@" ;; esac
+exec "$python" "$@" """
+    path = path_with(tmp_path, {"python3": python3})
+    with running(copy, "--no-docker", port=port, PATH=path) as it:
+        assert it.invoke() == HELLO
 
 
 @pytest.mark.usefixtures("installed_sample")

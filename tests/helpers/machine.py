@@ -174,7 +174,8 @@ def fastest(measure, limit):
 def free_port():
     """A free port, which no outgoing connection and no other worker takes before it is used."""
     while True:
-        port = 10_000 + 10 * random.randrange(2_000) + WORKER  # below the ephemeral ones
+        # Below the ephemeral ones, and those of runs without Docker.
+        port = 10 * random.randrange(1_000, 2_000) + WORKER
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
