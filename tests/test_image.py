@@ -242,7 +242,7 @@ def test_the_same_input_makes_the_same_layer(folder, layer):
     assert archive.read_bytes() == before
 
 
-def test_the_layer_runs_as_any_user_beside_a_function(layer, image):
+def test_the_layer_runs_as_any_user_beside_a_function(image, layer):
     assert_runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)
 
 
