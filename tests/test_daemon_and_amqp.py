@@ -457,7 +457,7 @@ def function(rabbitmq):
 def test_the_client_prints_the_answer_to_its_own_request(
     rabbitmq, function, arguments, event, expiration
 ):
-    """As it is, even if it is not UTF-8."""
+    """It prints the bytes as they are, even if they are not UTF-8."""
     ran = function.invoke_in_background(invoke_by_amqp, rabbitmq, function.queue, *arguments)
     request, body = function.wait_for_request()
     assert request.reply_to.startswith("amq.gen-")  # a name that no other client has

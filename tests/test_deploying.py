@@ -108,7 +108,7 @@ def test_every_command_of_the_page_works(tmp_path, copy, shell):
 
 @pytest.fixture
 def images_of_sam(engine):
-    """Removes them in the end."""
+    """Removes, in the end, the images that SAM has built."""
     yield
     images = run("docker", "images", "--quiet", "hellofunction").stdout.split()
     run("docker", "rmi", "--force", *images)

@@ -59,7 +59,7 @@ def test_running_locally_names_the_default_base_image():
 
 @pytest.mark.usefixtures("installed_sample")
 def test_process_can_be_called_alone_as_the_page_about_debugging_says(copy):
-    """The debugger that opens gets the command to go on."""
+    """The page's command opens a debugger, which is told to continue."""
     (code,) = code_blocks("docs/debugging.md", "Call your code alone")
     called = run("sh", "-c", code, input="continue\n", cwd=copy)
     assert called.returncode == 0, called.stderr

@@ -611,7 +611,9 @@ def fork(child, parent):
         "    os.write(writer, b'ready')",
         # Short sleeps, because a signal that comes just before a sleep waits for its end.
         "    for _ in range(600): time.sleep(0.1)",
-        "    os._exit(9)",  # or a child that no signal ends would send one itself: to process 0
+        # Otherwise a child that no signal ends would go on into its parent's code, and send the
+        # signal to process 0, which means its whole process group: the tests.
+        "    os._exit(9)",
         parent,
         *LOG_HOW_IT_ENDS,
     )

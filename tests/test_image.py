@@ -321,8 +321,8 @@ def test_pip_asks_the_index_of_its_configuration_unless_a_variable_names_another
         assert len(configured.requests) == 1
 
 
-def test_of_pips_settings_those_count_that_say_where_packages_come_from_or_how(tmp_path):
-    """A stand-in for Python shows the variables that pip would get."""
+def test_pip_gets_only_the_settings_that_say_where_and_how_it_fetches_packages(tmp_path):
+    """A stand-in for the Python that would run pip prints its variables."""
     path_with(tmp_path, {"python": "env"})
     counted = {
         "PIP_CERT": "/cert.pem",

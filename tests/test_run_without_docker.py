@@ -309,17 +309,9 @@ def test_the_runtime_api_is_on_loopback_alone_and_no_signal_is_blocked(evaluatin
 def test_the_runtime_api_never_gets_the_port_of_the_endpoint(copy, tmp_path):
     """Here that port is the first that chance offers."""
     port = free_port()
-    program = f"""
-import random, runpy, sys
-chosen, offered = random.randrange, [{port}]
-random.randrange = lambda *limits: offered.pop() if offered else chosen(*limits)
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    (tmp_path / "program.py").write_text(program)
-    python3 = f"""python={sys.executable}
-case "$2" in *.py) shift; exec "$python" -E '{tmp_path}/program.py' "$@" ;; esac
-exec "$python" "$@" """
+    # The run script calls `python3 -E PROGRAM.py ARGUMENT...`, and also `python3 -E -c CODE`.
+    offer_it = f'shift; set -- -E "{PROGRAMS}/offer_port_first.py" {port} "$@"'
+    python3 = f'case $2 in *.py) {offer_it} ;; esac; exec "{sys.executable}" "$@"'
     path = path_with(tmp_path, {"python3": python3})
     with running(copy, "--no-docker", port=port, PATH=path) as it:
         assert it.invoke() == HELLO

@@ -58,7 +58,7 @@ def pip_settings():
         assert downloaded.returncode == 0, downloaded.stderr
 
     wheels = made_once("wheels", download, *PINS)
-    # A URL, because pip splits the variable where a path has a space.
+    # A URL, because pip would take a path with a space for two paths.
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri()}
 
 

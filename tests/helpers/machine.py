@@ -174,7 +174,7 @@ def fastest(measure, limit):
 def free_port():
     """A free port, which no outgoing connection and no other worker takes before it is used."""
     while True:
-        # Below the ephemeral ones, and those of runs without Docker.
+        # Below the ephemeral ones, and those that runs without Docker choose by chance.
         port = 10 * random.randrange(1_000, 2_000) + WORKER
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
