@@ -123,7 +123,7 @@ def install(folder, sources):
         else:
             shutil.copytree(packages, opt / NAME)
             shutil.copytree(ROOT / NAME, opt / NAME, dirs_exist_ok=True)
-            shutil.copy(source, opt / NAME / "extension.py")
+            shutil.copy(source, opt / NAME / "main.py")
             shutil.copytree(ROOT / "extensions", opt / "extensions")
     # The image has bytecode, too.
     subprocess.run([sys.executable, "-m", "compileall", "-q", folder], check=True)
@@ -206,7 +206,7 @@ def main():
     if not options.aws:
         sources["unpooled.py"] = ROOT / "benchmark" / "unpooled.py"
     _, reference, *_ = sources
-    sources["this extension"] = ROOT / NAME / "extension.py"
+    sources["this extension"] = ROOT / NAME / "main.py"
     sources["http_client.py"] = ROOT / "benchmark" / "http_client.py"
 
     with tempfile.TemporaryDirectory() as folder:

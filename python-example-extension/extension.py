@@ -1,33 +1,29 @@
 # SPDX-License-Identifier: MIT-0
-"""Your extension: write init(), which runs once, and process(), which gets each event."""
+"""Your extension: process() gets each event, and init() prepares what it needs."""
 
-from lifecycle import log, run  # first: it catches signals, and other imports may take long
-
-# isort: split
 import json
+
+from lifecycle import log
 
 
 def init() -> None:
-    """Gets ready. Lambda sends no invocation before init() returns.
+    """Prepares what process() needs. Lambda sends no invocation until it returns. Optional.
 
-    The extensions and the function share 10 seconds to get ready. If that is not enough, Lambda
-    starts all of them again at the first invocation, within the function's timeout, so init() may
-    run twice. Provisioned concurrency, SnapStart and Managed Instances allow more time:
+    The extensions and the function have 10 seconds in total to initialize. If that is not enough,
+    Lambda starts all of them again at the first invocation, within the function's timeout, so
+    init() may run twice. Provisioned concurrency and Managed Instances allow more time:
     https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtime-environment.html
     """
 
 
 def process(event: dict) -> None:
-    """Takes an INVOKE event at every invocation, while the handler runs, and SHUTDOWN in the end.
+    """Processes an INVOKE event for every invocation, and one SHUTDOWN event at the end.
 
-    Managed Instances have no INVOKE event.
-
-    The environment takes no further invocation until process() returns, and that time counts
-    towards the function's timeout and the bill.
+    It runs at the same time as the handler. The environment takes no further invocation until
+    process() returns, and that time is billed, and counts towards the function's timeout.
 
     Once process() has returned from SHUTDOWN, nothing else runs, neither threads nor atexit
-    functions. A signal also leads to SHUTDOWN. The extension then ends within 1.5 seconds of the
-    signal, even if process() has not returned, or has not yet been given SHUTDOWN.
+    functions. SIGTERM and SIGINT lead to SHUTDOWN, too. Managed Instances send SHUTDOWN alone.
 
     An event is one of these dicts. It does not contain the invocation's payload. (See "Next" in
     https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html)
@@ -43,7 +39,3 @@ def process(event: dict) -> None:
          "shutdownReason": "spindown"}  # or another reason, or the name of a signal
     """
     log(f"Received event: {json.dumps(event)}")
-
-
-if __name__ == "__main__":  # and not when multiprocessing imports this file
-    run(process, init)

@@ -1,92 +1,90 @@
 # SPDX-License-Identifier: MIT-0
-"""The lifecycle of an extension: it registers, initializes, takes event after event, and ends.
+"""The lifecycle of an extension: it registers, initializes, processes events, and exits.
 
 https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtime-environment.html
 """
 
-import signals  # first: it catches signals, and the other imports take a while
-
-# isort: split
 import contextlib
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
 
-from extensions_api import INVOKE, SHUTDOWN, ExtensionsApi, ExtensionsApiError
+from extensions_api import SHUTDOWN, ExtensionsApi, ExtensionsApiError
 
 # Lambda knows an extension by the name of its file in /opt/extensions. This folder has that name.
 NAME = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
 
+# The signals that ask the extension to exit. They come from a container engine, an emulator or
+# Ctrl-C; Lambda itself sends a SHUTDOWN event.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-def duplicate(stream):
-    """Returns another descriptor (int) of a stream, or None for a stream that is None.
+# How long the extension may take to exit after a signal. Lambda allows 2 seconds after a SHUTDOWN
+# event, and keeps up to half a second of them for the function's runtime:
+# https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html
+SHUTDOWN_SECONDS = 1.5
 
-    A standard stream is None if it was closed when Python started.
-    """
-    return None if stream is None else os.dup(stream.fileno())
-
-
-# log() writes to a duplicate. If it wrote to descriptor 1, and your code closed that, the next
-# connection to Lambda could get number 1, and receive the lines.
-STANDARD_OUTPUT = duplicate(sys.stdout)
-STANDARD_ERROR = duplicate(sys.stderr)
-
-# Closed when something fails. Otherwise a process that has used up its descriptors could neither
-# import what shows the error nor connect to Lambda.
-SPARE_DESCRIPTOR = os.open(os.devnull, os.O_RDONLY)
+# Your code may fork. The child is another process, and not the extension.
+PROCESS_ID = os.getpid()
 
 api = ExtensionsApi(NAME)
 
 
-def run(process: Callable[[dict], object], init: Callable[[], object] | None = None) -> None:
-    """Registers, calls init(), then process(event) for each event, and exits with status 0.
+def main() -> None:
+    """Registers, imports extension.py, calls its init() and, for each event, its process(event).
 
-    The last event is SHUTDOWN. SIGTERM and SIGINT lead to one, too.
-
-    After an exception it exits with status 1. Before that, it shows the exception and reports it to
-    Lambda. An error of the Extensions API and sys.exit("reason") come without a traceback, anything
-    else comes with one.
+    The last event is SHUTDOWN. Then the process exits with status 0, or after an exception with 1.
+    Before that, it prints the exception to standard error, and reports it to Lambda. An error of
+    the Extensions API and sys.exit("reason") take one line, anything else comes with a traceback.
     """
-    extension = Extension(process, init)
-    signals.set_signal_handler(extension.on_signal)
-    end_with(extension.process_events)
+    # What cannot be encoded must not stop the extension.
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore
+    lifecycle = Lifecycle()
+    for signum in SIGNALS:
+        signal.signal(signum, lifecycle.on_signal)
+    os.register_at_fork(
+        before=block_signals, after_in_parent=unblock_signals, after_in_child=restore_signals
+    )
+    exit_after(lifecycle.process_events)
 
 
 def log(message: object) -> None:
-    """Writes a line to standard output, which Lambda sends to CloudWatch Logs."""
-    write(STANDARD_OUTPUT, message)
+    """Writes a message to standard output, which Lambda sends to CloudWatch Logs.
+
+    CloudWatch makes each line of it a log event of its own.
+    """
+    write_line(sys.stdout, message)
 
 
-class Extension:
+class Lifecycle:
     """Calls init() and process(event) as Lambda's events, or a signal, demand."""
 
-    def __init__(self, process, init):
-        self.process = process
-        self.init = init
-        self.waits_for_event = False  # if so, the main thread runs neither init() nor process()
+    def __init__(self):
+        self.process = None  # from extension.py, once that has been imported
+        self.waits_for_event = False  # if so, neither init() nor process() is running
         self.signal_event = None  # once a signal has come, the SHUTDOWN event that stands for it
 
     def process_events(self):
         """Gets ready, and processes one event after the other until SHUTDOWN."""
         log(f"Registered with ID: {api.register()}")
-        api.open_session()  # while Lambda starts the function's runtime
-        if self.init:
-            self.init()
+        # Lambda starts the function's runtime now. Whatever takes long comes below this line.
+        import extension
+
+        self.process = extension.process
+        api.open_session()
+        if hasattr(extension, "init"):
+            extension.init()
         event_type = None
         while event_type != SHUTDOWN:
             event = self.next_event()
             event_type = event["eventType"]  # now, because process() may change the event
-            if event_type in (INVOKE, SHUTDOWN):
-                self.process(event)
-            else:
-                log(f"Ignored an unknown event: {event_type[:100]!r}")
+            self.process(event)
 
     def next_event(self):
         """Returns the event for a signal that has come, or else waits for Lambda's next one."""
-        if signals.is_fork:
-            sys.exit()  # your code has forked, and the child has returned: events are not for it
+        if os.getpid() != PROCESS_ID:
+            sys.exit()  # a child has returned from your code, and events are not for it
         # Set this before looking at signal_event, so that a signal in between is handled, too.
         self.waits_for_event = True
         try:
@@ -97,75 +95,78 @@ class Extension:
     def on_signal(self, signum, frame):
         """Handles a signal. Python calls it in the middle of what the main thread is doing.
 
-        If the main thread is waiting for an event, this processes SHUTDOWN and ends the process. If
-        it is doing something else, such as process(), next_event() returns SHUTDOWN afterwards.
+        If the main thread is waiting for an event, this processes SHUTDOWN and exits. If it is
+        doing something else, such as process(), next_event() returns SHUTDOWN afterwards.
         """
-        # A library such as asyncio may have kept Python from telling the watchdog.
-        signals.limit_time(signum)
         if self.signal_event:
             return
         self.signal_event = {
             "eventType": SHUTDOWN,
             "shutdownReason": signal.Signals(signum).name,
-            "deadlineMs": int((time.time() + signals.SHUTDOWN_SECONDS) * 1000),
+            "deadlineMs": int((time.time() + SHUTDOWN_SECONDS) * 1000),
         }
+        threading.Timer(SHUTDOWN_SECONDS, os._exit, [0]).start()
         if self.waits_for_event:
-            end_with(self.process, self.signal_event)
+            exit_after(self.process, self.signal_event)
 
 
-def end_with(task, *arguments):
-    """Calls task(*arguments) and ends the process: with 0, or with 1 if the task raises something.
+def block_signals():
+    """Keeps signals pending while your code forks. Python would drop those that are for the child.
 
-    os._exit() ends it at once. Python's own end would wait for threads, and run code that a signal
-    could interrupt.
+    A library may terminate a child at once, and then wait for its end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def unblock_signals():
+    """Lets signals come again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def restore_signals():
+    """Lets SIGTERM and SIGINT end a child that your code forks, as they end any program."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+    unblock_signals()
+
+
+def exit_after(task, *arguments):
+    """Calls task(*arguments) and exits: with status 0, or as fail_with() does if the task raises.
+
+    os._exit() exits at once. sys.exit() would wait for threads, and could be stopped by a signal.
     """
     try:
         task(*arguments)
-    except BaseException as error:  # also sys.exit(), since only SHUTDOWN is a proper end
-        if signals.is_fork:
-            raise  # your code has forked: the child ends as any Python program does
+    except BaseException as error:  # sys.exit(), too: only SHUTDOWN is a proper end
+        if os.getpid() != PROCESS_ID:
+            raise  # a child exits as any program does
         fail_with(error)
     os._exit(0)
 
 
-def fail_with(error):
-    """Shows an exception, reports it to Lambda, and ends the process with 1, whatever happens."""
-    signals.limit_time(signals.FAILURE)
-    try:
-        with contextlib.suppress(OSError):  # your code may have closed it
-            os.close(SPARE_DESCRIPTOR)
-        text, stack_trace, shown = description_of(error)
-        write(STANDARD_ERROR, shown)
-        api.report(type(error).__name__, text, stack_trace)
-    finally:
-        os._exit(1)
+def fail_with(error: BaseException) -> None:
+    """Prints an exception to standard error, reports it to Lambda, and exits with status 1."""
+    import traceback  # importing it takes a while, and it is seldom needed
 
-
-def description_of(error):
-    """Returns an exception's text (str), its stack trace (list of str), and what to show (str)."""
-    import traceback  # importing it takes long, and it is seldom needed
-
-    try:
-        details = traceback.TracebackException.from_exception(error)
-        text = str(details)
-        stack_trace = details.stack.format()
-        shown = "".join(details.format()).rstrip()
-    except Exception:  # the exception's own methods may fail
-        text = f"an exception that cannot be shown: {type(error).__name__}"
-        stack_trace = traceback.format_tb(error.__traceback__)
-        shown = f"{text}\n{''.join(stack_trace)}".rstrip()
+    details = traceback.TracebackException.from_exception(error)
+    message = str(details)
+    stack_trace = details.stack.format()
+    shown = "".join(details.format()).rstrip()
     has_reason = isinstance(error, SystemExit) and isinstance(error.code, str)
-    if isinstance(error, ExtensionsApiError) or has_reason:
-        return text, [], text
-    return text, stack_trace, shown
+    if isinstance(error, ExtensionsApiError) or has_reason:  # the message says what is wrong
+        stack_trace = []
+        shown = message
+    write_line(sys.stderr, shown)
+    api.report(type(error).__name__, message, stack_trace)
+    os._exit(1)
 
 
-def write(descriptor, message):
-    """Writes a line with this extension's name to a descriptor (int), or nowhere if it is None."""
-    if descriptor is None:
-        return
-    line = f"[{NAME}] {message}\n".encode(errors="backslashreplace")
-    with contextlib.suppress(OSError):  # a lost line must not stop the extension
-        while line:
-            written = os.write(descriptor, line)
-            line = line[written:]
+def write_line(stream, message):
+    """Writes a line with this extension's name to a text stream.
+
+    One call writes all of it, so that lines of several threads do not mix. A line that cannot be
+    written, for example on a full disk, must not stop the extension.
+    """
+    with contextlib.suppress(OSError, ValueError):  # ValueError: your code has closed the stream
+        stream.write(f"[{NAME}] {message}\n")
+        stream.flush()

@@ -32,5 +32,4 @@ fi
 exec 9>&-
 # Python itself, not a shim of pyenv, which breaks when several pips end at once.
 python=$(python3 -c 'import os, sys; print(os.path.dirname(os.path.realpath(sys.executable)))')
-export HYPOTHESIS_STORAGE_DIRECTORY=.venv/hypothesis
 PATH=$python:$PATH exec .venv/tests/bin/python3 -m pytest -m "$selected" "$@"

@@ -19,7 +19,7 @@ import pytest
 from engine import assert_confined_as_on_lambda, build, first_base_image
 from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until, yaml_documents
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
-from sample import HELLO, NAME, copy_sample, make_evaluating, make_obedient, once
+from sample import HELLO, NAME, copy_sample, make_evaluating, make_scripted, once
 
 BROKER_CREDENTIALS = {"AMQP_USERNAME": USERNAME, "AMQP_PASSWORD": PASSWORD}
 FOUR_SECONDS = {"AWS_LAMBDA_FUNCTION_TIMEOUT": "4"}
@@ -132,12 +132,12 @@ def test_without_a_broker_http_still_runs_two_invocations_at_once(start, evaluat
         it.assert_signal_ends_it()
 
 
-@pytest.mark.parametrize("moment", ["AT_START", "AT_INVOKE"])
+@pytest.mark.parametrize("moment", ["AT_IMPORT", "AT_INVOKE"])
 def test_an_extension_that_dies_is_started_again(start, copy, tmp_path, moment):
     """It dies once, before it registers or with its first event."""
     words = "-e", f"{moment}={once(tmp_path, 'os._exit(1)')}"
     settings = {"LAMBDA_RUNTIME_API_DAEMON": real_daemon(), "AMQP_URI": "", **FOUR_SECONDS}
-    with start(make_obedient(copy), *words, **settings) as it:
+    with start(make_scripted(copy), *words, **settings) as it:
 
         def answer():
             with contextlib.suppress(OSError):  # the invocation that started it gets no answer
@@ -210,7 +210,7 @@ def test_kubernetes_stops_one_of_three_copies_without_losing_a_message_or_the_sh
     options = [f"--env={key}={value}" for key, value in settings.items()]
     options += [f"--entrypoint={entrypoint}", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL"]
     options += [f"--volume={real_daemon()}:/usr/local/bin/aws-lambda-rie"]
-    options.append(build(make_obedient(evaluating), "copies", first_base_image()))
+    options.append(build(make_scripted(evaluating), "copies", first_base_image()))
     containers = []
     with connect(rabbitmq) as connection, contextlib.ExitStack() as stack:
         for number in COPIES:

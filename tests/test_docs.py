@@ -19,13 +19,6 @@ def test_every_relative_link_leads_somewhere(page):
     assert not [link for link in links if not ((ROOT / page).parent / link).exists()]
 
 
-def test_the_rows_of_failure_handling_are_the_names_of_its_tests():
-    situations = [row[0] for row in rows(PAGES["docs/failure-handling.md"])]
-    text = (ROOT / "tests" / "test_failure_handling.py").read_text()
-    tests = re.findall(r"(?m)^def test_(\w+)", text)
-    assert [re.sub(r"\W+", "_", situation.lower()).strip("_") for situation in situations] == tests
-
-
 def test_the_figures_of_the_readme_are_those_of_the_benchmark():
     """The README repeats figures of docs/cost.md, which the benchmark has printed."""
     page = PAGES["docs/cost.md"]

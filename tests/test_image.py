@@ -122,7 +122,7 @@ def test_the_extension_starts_although_the_functions_path_lacks_python(image, pa
     """Lambda starts it with the function's variables. Here it starts alone, and misses Lambda."""
     launcher = f"--entrypoint=/opt/extensions/{NAME}"
     ran = run("docker", "run", "--rm", f"--env=PATH={path}", launcher, image)
-    assert "AWS_LAMBDA_RUNTIME_API is not HOST:PORT" in ran.stderr
+    assert "AWS_LAMBDA_RUNTIME_API is not set" in ran.stderr
 
 
 def test_the_extension_finds_the_python_of_awss_images(image, tmp_path):
@@ -132,7 +132,7 @@ def test_the_extension_finds_the_python_of_awss_images(image, tmp_path):
     options = f"--volume={tmp_path}:/var/lang/bin:ro", "--env=PATH=/nowhere"
     launcher = f"--entrypoint=/opt/extensions/{NAME}"
     ran = run("docker", "run", "--rm", *options, launcher, image)
-    assert ran.stdout.endswith(f"-u /opt/{NAME}/extension.py\n")
+    assert ran.stdout.endswith(f"-u /opt/{NAME}/main.py\n")
 
 
 def test_it_trusts_certificate_authorities(image):
@@ -156,7 +156,7 @@ def test_dependencies_stay_separate_and_pip_stays_out(image):
 def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
     """python3 -v says of each module whether it was read from bytecode, or compiled."""
     touch = "find /opt /var/task -name '*.py' -exec touch {} +"
-    extension = f"cd /opt/{NAME} && python3 -v -E -S -c 'import lifecycle, requests, http.client'"
+    extension = f"cd /opt/{NAME} && python3 -v -E -S -c 'import main, extension, requests'"
     modules = "awslambdaric.__main__, awslambdaric.bootstrap, lambda_function"
     function = f"cd /var/task && python3 -v -c 'import {modules}'"
     for imports in extension, function:

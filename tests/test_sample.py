@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from machine import AWS_CREDENTIALS, path_with, processes_of, run, tool, wait_until
 from pages import code_blocks
-from sample import HELLO, NAME, make_obedient, once, rename
+from sample import HELLO, NAME, make_scripted, once, rename
 
 TIMEOUT = 5  # enough for a cold start on a busy machine
 
@@ -84,7 +84,7 @@ def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared)
         commands = processes_of(sample).values()
     (extension,) = [each for each in commands if re.search(rf" /opt/(extensions/)?{NAME}", each)]
     # The launcher has become the extension.
-    assert re.search(rf"python3 -\S.* /opt/{NAME}/extension.py$", extension)
+    assert re.search(rf"python3 -\S.* /opt/{NAME}/main.py$", extension)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_extension_that_fails_or_hangs_fails_its_invocation_and_starts_again(
     start, copy, tmp_path, failure, answer
 ):
     words = "-e", f"AT_INVOKE={once(tmp_path, failure)}"
-    with start(make_obedient(copy), *words, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
+    with start(make_scripted(copy), *words, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as it:
         assert curl(it) == answer
         assert invoke_again(it) == HELLO
         assert it.output.count("Registered with ID") > 1
@@ -141,7 +141,7 @@ def test_the_function_may_have_more_modules_and_finds_what_init_has_fetched(star
     (evaluating / "own.py").write_text("VALUE = 42\n")
     secret = "/tmp/secret-of-the-test"
     fetch = f"open({secret!r}, 'w').write('fetched')"
-    with start(make_obedient(evaluating), "-e", f"AT_INIT={fetch}") as it:
+    with start(make_scripted(evaluating), "-e", f"AT_INIT={fetch}") as it:
         what = f"open({secret!r}).read(), __import__('own').VALUE, os.remove({secret!r})"
         assert it.invoke({"do": what}) == ["fetched", 42, None]
 
@@ -182,7 +182,7 @@ def test_rename_refuses_a_name(copy, name, status):
 @pytest.mark.usefixtures("shares_installed")
 def test_a_renamed_copy_with_code_of_its_own_is_another_extension(start, copy):
     rename(copy, "my-own-extension")
-    code = 'from lifecycle import log, run\n\nrun(lambda event: log(f"My own code got: {event}"))\n'
+    code = 'from lifecycle import log\n\ndef process(event): log(f"My own code got: {event}")\n'
     (copy / "my-own-extension" / "extension.py").write_text(code)
     with start(copy, script="my-own-extension.sh") as it:
         assert it.invoke() == HELLO

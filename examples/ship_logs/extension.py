@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: MIT-0
 """Ships what the function logs, and what Lambda says about its invocations, to COLLECTOR_URL."""
 
-from lifecycle import api, log, run  # first: it catches signals, and other imports may take long
-
-# isort: split
 import collections
 import json
 import os
@@ -15,6 +12,7 @@ from http.server import BaseHTTPRequestHandler
 
 from batches import MARGIN_SECONDS, Batches
 from extensions_api import SHUTDOWN, ExtensionsApiError, runs_on_managed_instances
+from lifecycle import api, log
 
 # https://docs.aws.amazon.com/lambda/latest/dg/telemetry-api.html
 TELEMETRY_PATH = "/2022-07-01/telemetry"
@@ -49,7 +47,7 @@ def init() -> None:
         },
     }
     try:
-        status = api.send("PUT", TELEMETRY_PATH, subscription).status
+        status = api.request("PUT", TELEMETRY_PATH, subscription).status
     except ExtensionsApiError as error:
         status = error
     if status == 200:
@@ -260,6 +258,3 @@ def origin_of_records(request_id):
 
 batches = Batches()
 telemetry = Telemetry()
-
-if __name__ == "__main__":
-    run(process, init)

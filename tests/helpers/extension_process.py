@@ -37,13 +37,13 @@ def started(extension, api, prefix=(), **environment):
 
 def run_to_end(extension, api, prefix=(), **environment):
     """Runs the extension until it ends; returns its status, its output, and its error output."""
-    with started(extension, api, prefix, **environment) as it:
-        status = it.wait(60)
-        return status, it.out, it.err
+    with started(extension, api, prefix, **environment) as process:
+        status = process.wait(60)
+        return status, process.out, process.err
 
 
 def variant(extension, folder, files):
-    """A copy of the extension below that folder, with these files, {name: text}, over its own."""
+    """The main.py of a copy below that folder, with these files, {name: text}, over its own."""
     copy = folder / NAME
     copy.mkdir(parents=True)
     for source in extension.parent.iterdir():
@@ -53,20 +53,20 @@ def variant(extension, folder, files):
             (copy / source.name).symlink_to(source)  # a package
     for name, text in files.items():
         (copy / name).write_text(text)
-    return copy / "extension.py"
+    return copy / "main.py"
 
 
 @pytest.fixture(scope="session")
 def extension(folder):
-    """The extension with its dependencies, in a folder of its name."""
+    """The main.py of the extension, with its dependencies, in a folder of its name."""
     target = Path(shutil.copytree(cache.extension_packages(), folder / NAME))
     for source in (ROOT / NAME).glob("*.py"):
         shutil.copy(source, target)
-    return target / "extension.py"
+    return target / "main.py"
 
 
 @pytest.fixture(scope="session")
-def obedient(extension, folder):
-    """The same with the code of obedient_extension.py, which executes what it is told."""
-    code = (PROGRAMS / "obedient_extension.py").read_text()
-    return variant(extension, folder / "obedient", {"extension.py": code})
+def scripted(extension, folder):
+    """The same with scripted_extension.py, which runs the code that it is given."""
+    code = (PROGRAMS / "scripted_extension.py").read_text()
+    return variant(extension, folder / "scripted", {"extension.py": code})

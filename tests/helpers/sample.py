@@ -59,9 +59,9 @@ def rename(sample, name):
     assert (renamed.returncode, renamed.stderr) == (0, "")
 
 
-def make_obedient(sample):
+def make_scripted(sample):
     """Gives a copy an extension that executes what its variables AT_… say; returns the copy."""
-    shutil.copy(PROGRAMS / "obedient_extension.py", sample / NAME / "extension.py")
+    shutil.copy(PROGRAMS / "scripted_extension.py", sample / NAME / "extension.py")
     return sample
 
 

@@ -6,7 +6,6 @@ It takes the place of extension.py in tests.
 import time
 
 from batches import Batches
-from lifecycle import run
 
 batches = Batches()
 real_time = time.time
@@ -23,11 +22,11 @@ def move_clock(seconds):
     clock_offset += seconds
 
 
+def init():
+    batches.start()
+
+
 def process(event):
     exec(event.get("do", ""), globals() | {"event": event})  # noqa: S102
     batches.add(event)
     batches.send(event)
-
-
-if __name__ == "__main__":
-    run(process, batches.start)
