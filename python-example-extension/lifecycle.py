@@ -13,7 +13,7 @@ import time
 
 from extensions_api import SHUTDOWN, ExtensionsApi, ExtensionsApiError
 
-# Lambda knows an extension by the name of its file in /opt/extensions. This folder has that name.
+# Lambda knows an extension by its file's name in /opt/extensions. This folder has the same name.
 NAME = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
 
 # The signals that ask the extension to exit. They come from a container engine, an emulator or
@@ -21,24 +21,24 @@ NAME = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # How long the extension may take to exit after a signal. Lambda allows 2 seconds after a SHUTDOWN
-# event, and keeps up to half a second of them for the function's runtime:
+# event, and reserves up to half a second of that for the function's runtime:
 # https://docs.aws.amazon.com/lambda/latest/dg/runtimes-extensions-api.html
 SHUTDOWN_SECONDS = 1.5
 
-# Your code may fork. The child is another process, and not the extension.
+# If your code forks, the child has another process ID, and must not act as the extension.
 PROCESS_ID = os.getpid()
 
 api = ExtensionsApi(NAME)
 
 
 def main() -> None:
-    """Registers, imports extension.py, calls its init() and, for each event, its process(event).
+    """Registers, imports extension.py, calls init(), and then process() for each event.
 
-    The last event is SHUTDOWN. Then the process exits with status 0, or after an exception with 1.
-    Before that, it prints the exception to standard error, and reports it to Lambda. An error of
-    the Extensions API and sys.exit("reason") take one line, anything else comes with a traceback.
+    The last event is SHUTDOWN. Then the program exits with status 0, or with 1 after an exception,
+    which it first prints to standard error and reports to Lambda. Errors of the Extensions API and
+    sys.exit("reason") take one line. Anything else comes with a traceback.
     """
-    # What cannot be encoded must not stop the extension.
+    # Escape what cannot be encoded, instead of raising an exception.
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore
     lifecycle = Lifecycle()
     for signum in SIGNALS:
@@ -46,29 +46,29 @@ def main() -> None:
     os.register_at_fork(
         before=block_signals, after_in_parent=unblock_signals, after_in_child=restore_signals
     )
-    exit_after(lifecycle.process_events)
+    run_and_exit(lifecycle.process_events)
 
 
 def log(message: object) -> None:
     """Writes a message to standard output, which Lambda sends to CloudWatch Logs.
 
-    CloudWatch makes each line of it a log event of its own.
+    CloudWatch stores each line as a log event of its own.
     """
     write_line(sys.stdout, message)
 
 
 class Lifecycle:
-    """Calls init() and process(event) as Lambda's events, or a signal, demand."""
+    """Calls init(), and process() for each event from Lambda or a signal."""
 
     def __init__(self):
         self.process = None  # from extension.py, once that has been imported
-        self.waits_for_event = False  # if so, neither init() nor process() is running
-        self.signal_event = None  # once a signal has come, the SHUTDOWN event that stands for it
+        self.waits_for_event = False  # while True, neither init() nor process() is running
+        self.signal_event = None  # the SHUTDOWN event for the first signal, once there was one
 
     def process_events(self):
-        """Gets ready, and processes one event after the other until SHUTDOWN."""
+        """Registers and initializes, then processes events until SHUTDOWN."""
         log(f"Registered with ID: {api.register()}")
-        # Lambda starts the function's runtime now. Whatever takes long comes below this line.
+        # Lambda starts the function's runtime now. Anything slow belongs below this line.
         import extension
 
         self.process = extension.process
@@ -78,14 +78,14 @@ class Lifecycle:
         event_type = None
         while event_type != SHUTDOWN:
             event = self.next_event()
-            event_type = event["eventType"]  # now, because process() may change the event
+            event_type = event["eventType"]  # before process(), which may change the event
             self.process(event)
 
     def next_event(self):
-        """Returns the event for a signal that has come, or else waits for Lambda's next one."""
+        """Returns the event for a signal, if there was one, or else waits for Lambda's next."""
         if os.getpid() != PROCESS_ID:
-            sys.exit()  # a child has returned from your code, and events are not for it
-        # Set this before looking at signal_event, so that a signal in between is handled, too.
+            sys.exit()  # a forked child has returned from your code; events are not for it
+        # Set this first, so that a signal that comes now is not missed.
         self.waits_for_event = True
         try:
             return self.signal_event or api.next_event()
@@ -95,49 +95,51 @@ class Lifecycle:
     def on_signal(self, signum, frame):
         """Handles a signal. Python calls it in the middle of what the main thread is doing.
 
-        If the main thread is waiting for an event, this processes SHUTDOWN and exits. If it is
-        doing something else, such as process(), next_event() returns SHUTDOWN afterwards.
+        While that waits for an event, this processes SHUTDOWN and exits. Otherwise next_event()
+        returns SHUTDOWN afterwards.
         """
-        if self.signal_event:
+        if self.signal_event:  # a second signal changes nothing
             return
         self.signal_event = {
             "eventType": SHUTDOWN,
             "shutdownReason": signal.Signals(signum).name,
             "deadlineMs": int((time.time() + SHUTDOWN_SECONDS) * 1000),
         }
+        # Exit in time even if process() hangs.
         threading.Timer(SHUTDOWN_SECONDS, os._exit, [0]).start()
         if self.waits_for_event:
-            exit_after(self.process, self.signal_event)
+            run_and_exit(self.process, self.signal_event)
 
 
 def block_signals():
-    """Keeps signals pending while your code forks. Python would drop those that are for the child.
+    """Holds signals back during a fork, until the child has called restore_signals().
 
-    A library may terminate a child at once, and then wait for its end.
+    Python would drop a signal to the child that comes earlier, and whoever has sent it, such as
+    multiprocessing, would wait for the child's end for ever.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def unblock_signals():
-    """Lets signals come again."""
+    """Lets signals through again."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def restore_signals():
-    """Lets SIGTERM and SIGINT end a child that your code forks, as they end any program."""
+    """Lets SIGTERM and SIGINT end a forked child, as they end any program."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
     unblock_signals()
 
 
-def exit_after(task, *arguments):
-    """Calls task(*arguments) and exits: with status 0, or as fail_with() does if the task raises.
+def run_and_exit(task, *arguments):
+    """Calls task(*arguments), then exits with status 0, or through fail_with() if it raises.
 
-    os._exit() exits at once. sys.exit() would wait for threads, and could be stopped by a signal.
+    os._exit() does not wait for threads, and no signal interrupts it.
     """
     try:
         task(*arguments)
-    except BaseException as error:  # sys.exit(), too: only SHUTDOWN is a proper end
+    except BaseException as error:  # even sys.exit(): only SHUTDOWN is a proper end
         if os.getpid() != PROCESS_ID:
             raise  # a child exits as any program does
         fail_with(error)
@@ -146,27 +148,28 @@ def exit_after(task, *arguments):
 
 def fail_with(error: BaseException) -> None:
     """Prints an exception to standard error, reports it to Lambda, and exits with status 1."""
-    import traceback  # importing it takes a while, and it is seldom needed
+    import traceback  # not at the top: it would delay the registration
 
-    details = traceback.TracebackException.from_exception(error)
+    details = traceback.TracebackException.from_exception(error)  # copes with odd exceptions
     message = str(details)
-    stack_trace = details.stack.format()
-    shown = "".join(details.format()).rstrip()
     has_reason = isinstance(error, SystemExit) and isinstance(error.code, str)
     if isinstance(error, ExtensionsApiError) or has_reason:  # the message says what is wrong
+        output = message
         stack_trace = []
-        shown = message
-    write_line(sys.stderr, shown)
-    api.report(type(error).__name__, message, stack_trace)
+    else:
+        output = "".join(details.format()).rstrip()
+        stack_trace = details.stack.format()
+    write_line(sys.stderr, output)
+    api.report_error(type(error).__name__, message, stack_trace)
     os._exit(1)
 
 
 def write_line(stream, message):
-    """Writes a line with this extension's name to a text stream.
+    """Writes a message with this extension's name to a text stream.
 
-    One call writes all of it, so that lines of several threads do not mix. A line that cannot be
-    written, for example on a full disk, must not stop the extension.
+    One write keeps the lines of several threads apart. Output that fails, for example because the
+    disk is full, must not stop the extension.
     """
-    with contextlib.suppress(OSError, ValueError):  # ValueError: your code has closed the stream
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
         stream.write(f"[{NAME}] {message}\n")
         stream.flush()

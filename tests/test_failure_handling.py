@@ -57,7 +57,7 @@ def ends_after(content):
 
 
 def test_aws_lambda_runtime_api_is_not_set(extension):
-    assert_fails_with_one_line(extension, None, "] AWS_LAMBDA_RUNTIME_API is not set.")
+    assert_fails_with_one_line(extension, None, "] AWS_LAMBDA_RUNTIME_API is not set;")
 
 
 def test_nothing_listens_at_the_api_address(extension):
