@@ -1,21 +1,23 @@
 """batches.py in the README's extension.py, with collectors that work and collectors that fail."""
 
 import re
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from batching import NOWHERE, SHORT_LIMITS, counted, timed
-from collector import FAILURES, SUCCESSES, TOKEN, Collector, refuses
 from extension_process import run_to_end, started
-from fake_lambda import SHUTDOWN, FakeLambda, answer, hangs, invoke_event
+from fake_collector import FAILURES, SUCCESSES, TOKEN, Collector, refuses
+from fake_lambda import SHUTDOWN, FakeLambda, ScriptedServer, answer, hangs, invoke_event
 from machine import PROGRAMS, fastest, wait_until
 from pages import code_blocks
 from sample import NAME
 
 README, _ = code_blocks("README.md", "Make it your own", "python")
-OBEDIENT = (PROGRAMS / "batching_extension.py").read_text()
+SCRIPTED = (PROGRAMS / "batching_extension.py").read_text()
+KINDS_OF_FAILURE = "answers 500", "redirects", "resets", "speaks no HTTP", "hangs", "drips"
 
 
 @pytest.fixture
@@ -31,9 +33,9 @@ def batching_tens(batching_with):
 
 
 @pytest.fixture
-def obedient_batching(batching_with):
-    """The same, but it first executes what the event says under "do"."""
-    return batching_with(OBEDIENT)
+def scripted_batching(batching_with):
+    """The same, but it first runs what the event says under "do"."""
+    return batching_with(SCRIPTED)
 
 
 def events(*numbers, **more):
@@ -47,26 +49,26 @@ def events_with_bad(numbers, bad):
 
 
 def run_batching(extension, url, events, **environment):
-    """Runs it with these events and a shutdown, and returns what it logged.
+    """Runs the extension with these events and a shutdown, and returns what it logged.
 
-    It must end with 0, take little memory, and show neither an error nor the token.
+    It must exit with 0, take little memory, and show neither an error nor the token.
     """
     peaks = []
 
     def shutdown(connection):
-        status = Path(f"/proc/{it.pid}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()
         peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)))
         connection.sendall(SHUTDOWN)
 
     with (
         FakeLambda([*events, shutdown]) as api,
-        started(extension, api, COLLECTOR_URL=url, **environment) as it,
+        started(extension, api, COLLECTOR_URL=url, **environment) as process,
     ):
-        assert it.wait(60) == 0
-        assert it.err == ""
-        assert TOKEN not in it.out
+        assert process.wait(60) == 0
+        assert process.err == ""
+        assert TOKEN not in process.out
         assert peaks[0] < 100_000
-        return it.out
+        return process.out
 
 
 def ids(records):
@@ -95,34 +97,31 @@ def test_every_record_arrives_at_a_working_collector(success, batching):
 
 
 @pytest.mark.parametrize("failure, reason", FAILURES.values(), ids=FAILURES)
-def test_every_record_arrives_at_a_collector_that_fails_once(failure, reason, batching_tens):
+def test_every_record_arrives_after_one_failure(failure, reason, batching_tens):
     """The failed batch is sent again at SHUTDOWN, together with the records after it."""
     with Collector(failure, answer()) as collector:
         log = run_batching(batching_tens, collector.url, events(15))
-    assert ids(collector.requests[1].json) == ids_sent(15)
+    assert ids(collector.requests[-1].json) == ids_sent(15)
     assert not reason or f"[{NAME}] Records not sent yet: 10 ({reason})\n" in log
-
-
-KINDS_OF_FAILURE = "answers 500", "redirects", "resets", "speaks no HTTP", "hangs", "drips"
 
 
 @pytest.mark.parametrize(
     "failure, reason", [FAILURES[kind] for kind in KINDS_OF_FAILURE], ids=KINDS_OF_FAILURE
 )
-def test_it_goes_on_with_a_collector_that_always_fails(failure, reason, batching_tens):
-    """It tries at the tenth record, and at the last one; if it gets no answer, once more."""
+def test_survives_a_collector_that_always_fails(failure, reason, batching_tens):
+    """It tries at the tenth record, and at the last one; without a response perhaps once more."""
     with Collector(failure) as collector:
         log = run_batching(batching_tens, collector.url, events(50))
     assert f"[{NAME}] Records not confirmed before the end: 51\n" in log
-    assert len(collector.requests) in ([2] if reason else [2, 3])
+    assert len(collector.requests) in ([2] if reason else [1, 2, 3])
 
 
-def test_only_the_records_that_the_collector_refuses_are_lost(batching):
+def test_only_rejected_records_are_lost(batching):
     """Two bad ones are in the first batch, the third one is in the second; all others arrive."""
     bad = {7, 57, 107}
     with Collector(judge=refuses("bad")) as collector:
         log = run_batching(batching, collector.url, events_with_bad(range(150), bad))
-    arrived = [int(it["requestId"]) for it in records_taken(collector) if "requestId" in it]
+    arrived = [int(each["requestId"]) for each in records_taken(collector) if "requestId" in each]
     assert sorted(arrived) == [number for number in range(150) if number not in bad]
     assert counted(log, "refused") == 3
     assert counted(log, "dropped") == 0
@@ -130,51 +129,99 @@ def test_only_the_records_that_the_collector_refuses_are_lost(batching):
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_all_records_but_the_one_that_is_refused_arrive_in_the_same_invocation(
-    batching_with, status
-):
+def test_a_rejected_record_does_not_delay_the_others(batching_with, status):
     """There is no further event, not even SHUTDOWN, at which it could send them."""
     batching = batching_with(README, BATCH_RECORDS=20, BATCH_SECONDS=1000)
     answers = [*events_with_bad(range(20), bad={7}), hangs]
     with Collector(judge=refuses("bad", status)) as collector, FakeLambda(answers) as api:
-        with started(batching, api, COLLECTOR_URL=collector.url) as it:
+        with started(batching, api, COLLECTOR_URL=collector.url) as process:
             refused = f"[{NAME}] Records refused: 1 (status {status})\n"
-            wait_until(lambda: refused in it.out)
+            wait_until(lambda: refused in process.out)
             arrived = ids(records_taken(collector))
     assert arrived == [str(number) for number in range(20) if number != 7]
 
 
-def test_a_record_that_json_cannot_hold_is_a_bug_where_it_is_added(obedient_batching):
-    """The traceback shows process(), which has added it, and not the sender."""
+def test_adding_an_unserializable_record_raises(scripted_batching):
+    """The traceback shows process(), which has added it, and not the thread that sends."""
     with FakeLambda([invoke_event(do="event['value'] = float('nan')")]) as api:
-        status, _, stderr = run_to_end(obedient_batching, api, COLLECTOR_URL=NOWHERE)
+        status, _, stderr = run_to_end(scripted_batching, api, COLLECTOR_URL=NOWHERE)
     assert status == 1
     assert "in process" in stderr
     assert "ValueError" in stderr
 
 
-def test_a_bug_in_request_shows_its_traceback_and_ends_the_extension(obedient_batching):
-    """The sender calls request(), in a thread of its own, when it has a hundred records."""
-    bug = "def request(texts): 1 / 0\nbatches.request = request"
-    with FakeLambda([invoke_event(do=bug), *events(100), hangs]) as api:
-        status, _, stderr = run_to_end(obedient_batching, api, COLLECTOR_URL=NOWHERE)
+def test_a_bug_in_a_format_ends_the_extension(batching_with):
+    bug = README.replace("Batches()", "Batches(lambda texts, token: 1 / 0)")
+    batching = batching_with(bug, BATCH_RECORDS=1)
+    with FakeLambda([invoke_event(), hangs]) as api:
+        status, _, stderr = run_to_end(batching, api, COLLECTOR_URL=NOWHERE)
         (report,) = api.requests_for("exit/error")
     assert report.json["errorType"] == "Extension.ZeroDivisionError"
     assert status == 1
-    assert "in request" in stderr
     assert stderr.count("Traceback") == 1
 
 
-def test_the_token_goes_into_a_header_and_white_space_around_settings_is_ignored(batching):
+def test_any_thread_can_add_records(scripted_batching):
+    add = "[batches.add({'requestId': f'{thread} {each}'}) for each in range(500)]"
+    code = [
+        "import threading",
+        f"def add(thread): {add}",
+        "threads = [threading.Thread(target=add, args=[thread]) for thread in range(8)]",
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]",
+    ]
+    with Collector(answer()) as collector:
+        run_batching(scripted_batching, collector.url, [invoke_event(do="\n".join(code))])
+    assert len(collector.records) == len(ids(collector.records)) == 8 * 500 + 2
+
+
+def test_the_token_goes_into_a_header_whatever_netrc_says(batching, tmp_path):
+    """White space around the settings is ignored."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret\n")
     with Collector(answer(500), answer()) as collector:
-        settings = {"COLLECTOR_TOKEN": f"{TOKEN}\n"}
+        settings = {"COLLECTOR_TOKEN": f"{TOKEN}\n", "HOME": str(tmp_path)}
         run_batching(batching, f" {collector.url}\n", events(150), **settings)
-    assert {each.headers["Authorization"] for each in collector.requests} == {f"Bearer {TOKEN}"}
-    urls = {f"http://{collector.address}{each.path}" for each in collector.requests}
-    assert urls == {collector.url}
+        assert {each.headers["Authorization"] for each in collector.requests} == {f"Bearer {TOKEN}"}
+    with Collector(answer()) as collector:
+        run_batching(batching, collector.url, events(1), HOME=str(tmp_path))
+        assert {each.headers["Authorization"] for each in collector.requests} == {None}
 
 
-def test_records_beyond_a_megabyte_are_dropped_the_oldest_first_and_counted_exactly(batching):
+def test_a_proxy_is_used_unless_no_proxy_names_the_collector(batching):
+    url = "http://collector.invalid/records"
+    with ScriptedServer({"": [answer()]}) as proxy:
+        settings = {
+            "HTTP_PROXY": f"http://{proxy.address}",
+            "http_proxy": f"http://{proxy.address}",
+        }
+        run_batching(batching, url, events(1), **settings)
+        assert {request.path for request in proxy.requests} == {url}
+        proxy.requests.clear()
+        log = run_batching(batching, url, events(1), no_proxy="collector.invalid", **settings)
+        assert proxy.requests == []
+    assert counted(log, "not confirmed before the end") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({}, "COLLECTOR_URL must be an http:// or https:// URL"),
+        ({"COLLECTOR_URL": f"ftp://{TOKEN}"}, "COLLECTOR_URL must be an http:// or https:// URL"),
+        (
+            {"COLLECTOR_URL": NOWHERE, "REQUESTS_CA_BUNDLE": "/no/file.pem"},
+            "REQUESTS_CA_BUNDLE names no file: /no/file.pem",
+        ),
+    ],
+    ids=["no URL", "another URL", "no certificates"],
+)
+def test_a_wrong_setting_fails_at_startup_with_one_line(settings, error, batching):
+    with FakeLambda() as api:
+        status, _, stderr = run_to_end(batching, api, **settings)
+        assert status == 1
+        assert stderr == f"[{NAME}] {error}\n"
+        assert not api.requests_for("event/next")
+
+
+def test_overflow_drops_the_oldest_records_and_counts_them(batching):
     """The collector fails until there have been ten megabytes, and then recovers."""
     with Collector(answer(503)) as collector:
 
@@ -190,32 +237,27 @@ def test_records_beyond_a_megabyte_are_dropped_the_oldest_first_and_counted_exac
     assert counted(log, "dropped") == len(everything) - len(arrived)
 
 
-def test_a_record_larger_than_the_buffer_is_dropped_alone(batching):
+def test_an_oversized_record_does_not_evict_others(batching):
+    """A record that fills more than a request gets one of its own, and is dropped beyond that."""
+    long = invoke_event("long", more=600_000 * "x")
+    oversized = invoke_event("oversized", more=1_000_000 * "x")
     with Collector(answer()) as collector:
-        large = invoke_event("large", more=1_000_000 * "x")
-        log = run_batching(batching, collector.url, [*events(10), large, *events(10, 20)])
-    assert ids(collector.records) == ids_sent(20)
+        log = run_batching(batching, collector.url, [*events(10), long, oversized, *events(10, 20)])
+    assert ids(collector.records) == [*ids_sent(10)[:-1], "long", *ids_sent(20)[10:]]
+    (alone,) = [request for request in collector.requests if b'"long"' in request.body]
+    assert len(alone.json) == 1
     assert counted(log, "dropped") == 1
 
 
-def test_a_record_that_is_longer_than_a_request_may_be_gets_one_of_its_own(batching):
-    long = invoke_event("long", more=600_000 * "x")
-    with Collector(answer()) as collector:
-        run_batching(batching, collector.url, [*events(10), long, *events(10, 20)])
-    assert len(ids(collector.records)) == 22
-    (alone,) = [request for request in collector.requests if b'"long"' in request.body]
-    assert len(alone.json) == 1
-
-
-def test_many_small_records_count_with_the_memory_that_they_take(obedient_batching):
+def test_small_records_are_counted_by_memory_used(scripted_batching):
     """A string of one character takes about 50 bytes."""
     many = invoke_event(do="batches.add_texts(['1'] * 100_000)")
     with Collector(answer(503)) as collector:
-        log = run_batching(obedient_batching, collector.url, [many, many])
+        log = run_batching(scripted_batching, collector.url, [many, many])
     assert counted(log, "dropped") > 150_000
 
 
-def test_a_request_is_neither_too_long_nor_too_large(batching):
+def test_requests_are_limited_in_records_and_size(batching):
     """When the collector recovers, 1,500 short records and a long one are waiting."""
     with Collector(answer(503)) as collector:
 
@@ -229,27 +271,9 @@ def test_a_request_is_neither_too_long_nor_too_large(batching):
     assert max(len(request.body) for request in collector.requests) < 510_000
 
 
-@pytest.mark.parametrize("address", ["http://[", "http://a..b", "https://:80"])
-def test_an_unusable_url_does_not_end_the_extension(address, batching):
-    """It looks like a URL, so start() accepts it, but no request can be made."""
-    log = run_batching(batching, f"{address}/{TOKEN}", events(50))
-    assert counted(log, "not confirmed before the end") == 51
-
-
-@pytest.mark.parametrize(
-    "environment", [{}, {"COLLECTOR_URL": ""}, {"COLLECTOR_URL": f"collector/{TOKEN}"}]
-)
-def test_a_missing_url_is_an_error_of_one_line_at_the_start(environment, batching):
-    with FakeLambda() as api:
-        status, _, stderr = run_to_end(batching, api, **environment)
-        assert status == 1
-        assert stderr == f"[{NAME}] COLLECTOR_URL must be an http:// or https:// URL\n"
-        assert not api.requests_for("event/next")
-
-
-def test_connections_that_hang_do_not_stop_it_after_a_freeze(batching_with):
+def test_recovers_from_hung_connections_after_a_freeze(batching_with):
     """Three requests hang, each for a minute by the wall clock; the fourth is answered."""
-    frozen = batching_with(OBEDIENT, TIMEOUT_SECONDS=30)
+    frozen = batching_with(SCRIPTED, TIMEOUT_SECONDS=30)
     minute_later = invoke_event(do="move_clock(60)")
     answers = [hangs, hangs, hangs, answer()]
     with Collector(*answers) as collector, FakeLambda([*[minute_later] * 5, hangs]) as api:
@@ -259,33 +283,31 @@ def test_connections_that_hang_do_not_stop_it_after_a_freeze(batching_with):
             assert len(collector.requests[3].json) >= 4
 
 
-def test_a_clock_that_is_set_back_delays_neither_records_nor_invocations(batching_with):
+def test_setting_the_clock_back_delays_nothing(batching_with):
     """The clock is set back by an hour, in the second invocation, while the collector hangs."""
-    set_back = batching_with(OBEDIENT, BATCH_RECORDS=1, BATCH_SECONDS=1000)
-    answers = [invoke_event("0"), invoke_event("1", do="move_clock(-3600)"), hangs]
+    set_back = batching_with(SCRIPTED, BATCH_RECORDS=1, BATCH_SECONDS=1000)
+    answers = [invoke_event("0"), invoke_event("1", do="move_clock(-3600)"), SHUTDOWN]
     with Collector(hangs, answer()) as collector, FakeLambda(answers) as api:
-        with started(set_back, api, COLLECTOR_URL=collector.url):
-            wait_until(lambda: len(api.requests_for("event/next")) == 3)
-            wait_until(lambda: len(collector.requests) == 2)
-    assert ids(collector.requests[1].json) == ["0", "1"]
+        assert run_to_end(set_back, api, COLLECTOR_URL=collector.url)[0] == 0
+    assert ids(collector.requests[1].json)[:2] == ["0", "1"]
 
 
-def test_a_collector_that_does_not_answer_within_five_seconds_is_asked_again(batching_with):
+def test_tries_again_after_a_timeout_of_five_seconds(batching_with):
     """No further event comes. The five seconds pass within one: see SHORT_LIMITS."""
     batching = batching_with(SHORT_LIMITS + README, BATCH_SECONDS=0.1)
     times = []
     with Collector(hangs, timed(times, answer)) as collector:
         with FakeLambda([timed(times, invoke_event), hangs]) as api:
-            with started(batching, api, COLLECTOR_URL=collector.url) as it:
+            with started(batching, api, COLLECTOR_URL=collector.url) as process:
                 wait_until(lambda: len(times) == 2)
-                assert f"[{NAME}] Records not sent yet: 1 (ReadTimeout)\n" in it.out
+                assert f"[{NAME}] Records not sent yet: 1 (ReadTimeout)\n" in process.out
     assert 1 < times[1] - times[0] < 10
 
 
-def test_the_number_of_hanging_senders_is_limited(batching_with):
-    """A minute passes before each event. Two replaced senders may hang beside the current one."""
-    settings = {"MAX_HANGING_SENDERS": 2, "PATIENCE_SECONDS": 0, "TIMEOUT_SECONDS": 30}
-    many = batching_with(OBEDIENT, **settings)
+def test_the_number_of_hanging_threads_is_limited(batching_with):
+    """A minute passes before each event. Two batches that were given up hang beside the current."""
+    settings = {"MAX_HANGING_THREADS": 2, "PATIENCE_SECONDS": 0, "TIMEOUT_SECONDS": 30}
+    many = batching_with(SCRIPTED, BATCH_RECORDS=1, BATCH_SECONDS=0, **settings)
 
     def event_after(requests):
         """Sends an event when the collector has got so many requests."""
@@ -300,11 +322,11 @@ def test_the_number_of_hanging_senders_is_limited(batching_with):
     with Collector(hangs) as collector, FakeLambda(answers) as api:
         with started(many, api, COLLECTOR_URL=collector.url):
             wait_until(lambda: len(api.requests_for("event/next")) == len(answers))
-            time.sleep(0.5)  # in which another sender would have made its request
+            time.sleep(0.5)  # in which another thread would have made its request
             assert len(collector.requests) == 3
 
 
-def test_after_a_failure_in_a_long_invocation_the_sender_waits_before_it_tries_again(batching_with):
+def test_backs_off_after_a_failure_in_a_long_invocation(batching_with):
     batching = batching_with(README, BATCH_RECORDS=1, BATCH_SECONDS=0.5)
     times = []
     with Collector(timed(times, lambda: answer(500))) as collector:
@@ -314,19 +336,19 @@ def test_after_a_failure_in_a_long_invocation_the_sender_waits_before_it_tries_a
     assert min(later - earlier for earlier, later in pairwise(times[:4])) > 0.4
 
 
-def test_an_answer_to_a_sender_that_has_been_replaced_changes_nothing(batching_with):
+def test_late_response_to_a_batch_that_was_given_up_is_ignored(batching_with):
     """The first batch is answered only after a freeze, when the next one is on its way."""
-    batching = batching_with(OBEDIENT, BATCH_RECORDS=1, TIMEOUT_SECONDS=30)
-    answered = []
+    batching = batching_with(SCRIPTED, BATCH_RECORDS=1, TIMEOUT_SECONDS=30)
+    is_answered = threading.Event()
 
     def late(connection):
         wait_until(lambda: len(collector.requests) == 2)
         connection.sendall(answer())
-        answered.append(True)
+        is_answered.set()
 
     def later(connection):
-        wait_until(lambda: answered)
-        time.sleep(0.3)  # in which the first sender gets its answer
+        assert is_answered.wait(60)
+        time.sleep(0.3)  # in which the first thread gets its response
         connection.sendall(answer())
 
     frozen = [invoke_event("0"), invoke_event("1", do="move_clock(60)")]
@@ -336,26 +358,7 @@ def test_an_answer_to_a_sender_that_has_been_replaced_changes_nothing(batching_w
     assert arrived == ["0", "0", "1", None]
 
 
-def test_if_no_thread_can_be_started_the_sender_stays(batching_with):
-    """It sends everything in the end, SHUTDOWN included, after its own time limit."""
-    settings = {"BATCH_RECORDS": 1, "PATIENCE_SECONDS": 0, "TIMEOUT_SECONDS": 1}
-    lonely = batching_with(OBEDIENT, **settings)
-    no_thread = "def fail(*_): raise RuntimeError\nimport threading; threading.Thread.start = fail"
-
-    def shutdown(connection):
-        wait_until(lambda: f"[{NAME}] Records not sent yet: 1 (ReadTimeout)\n" in it.out)
-        connection.sendall(SHUTDOWN)
-
-    answers = [invoke_event("0"), invoke_event("1", do=f"{no_thread}\nmove_clock(60)"), shutdown]
-    with Collector(hangs, answer()) as collector, FakeLambda(answers) as api:
-        with started(lonely, api, COLLECTOR_URL=collector.url) as it:
-            assert it.wait(60) == 0
-            assert it.err == ""
-    arrived = ids(record for request in collector.requests[1:] for record in request.json)
-    assert arrived == ["0", "1", None]
-
-
-def test_a_collector_that_hangs_holds_an_invocation_for_a_second(batching):
+def test_a_hanging_collector_delays_an_invocation_by_a_second(batching):
     """The hundredth record makes a batch, for which process() waits."""
 
     def seconds():
@@ -369,20 +372,20 @@ def test_a_collector_that_hangs_holds_an_invocation_for_a_second(batching):
     assert 0.9 < fastest(seconds, 2) < 2
 
 
-def test_in_its_last_half_second_an_invocation_waits_for_no_collector(batching_with):
+def test_does_not_wait_just_before_the_deadline(batching_with):
     """Of eight invocations the shortest counts, because a busy machine can only prolong them."""
     patient = batching_with(README, BATCH_RECORDS=1, PATIENCE_SECONDS=60)
     times = []
-    hurried = timed(times, lambda: invoke_event(seconds=0.7))
+    hurried = timed(times, lambda: invoke_event(seconds=0.5))
     with Collector(hangs) as collector:
         with FakeLambda([*[hurried] * 8, timed(times)]) as api:
             with started(patient, api, COLLECTOR_URL=collector.url):
                 wait_until(lambda: len(times) == 9)
-    assert 0.19 < min(end - begin for begin, end in pairwise(times)) < 0.4
+    assert 0.29 < min(end - begin for begin, end in pairwise(times)) < 0.5
 
 
-def test_with_a_hanging_collector_it_still_ends_within_two_seconds(batching):
-    """Lambda allows no more after SHUTDOWN."""
+def test_shuts_down_in_time_with_a_hanging_collector(batching):
+    """Lambda allows 2 seconds after SHUTDOWN, and the Daemon gives a deadline that is wrong."""
 
     def seconds():
         times = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT-0
-"""Collects records and, while the function runs, sends them to COLLECTOR_URL, many per request.
+"""Collects records and, while the function runs, posts them to COLLECTOR_URL, many per request.
 
 Each record arrives at least once, unless the collector refuses it, or fails until newer records
-have filled the buffer, or until the extension ends.
+have filled the buffer, or until the extension exits.
 """
 
 import collections
@@ -12,15 +12,17 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
+import requests
 from lifecycle import fail_with, log
 
-# At the end of an invocation, a batch is sent if BATCH_RECORDS are waiting, or if the previous
-# batch began BATCH_SECONDS ago. In a long invocation, one is sent after BATCH_SECONDS, too.
+# A batch is sent at the end of an invocation if BATCH_RECORDS are waiting, or if the previous batch
+# began BATCH_SECONDS ago. During a long invocation, one is sent after BATCH_SECONDS, too.
 BATCH_RECORDS = 100
 BATCH_SECONDS = 10
 
-# The most that may wait, in bytes of memory. A batch is also sent when half of it is taken. When
+# The most that can wait, in bytes of memory. A batch is also sent when half of it is taken. When
 # all of it is taken, the oldest records are dropped.
 MAX_WAITING_BYTES = 1_000_000
 
@@ -28,22 +30,19 @@ MAX_WAITING_BYTES = 1_000_000
 RECORDS_IN_REQUEST = 1_000
 CHARACTERS_IN_REQUEST = 500_000
 
-# How long the callers of send() and wait_for_room() wait for the collector, and how long before the
-# invocation's deadline send() returns.
-PATIENCE_SECONDS = 1
-MARGIN_SECONDS = 0.5
-
-# How long send() takes at most after SHUTDOWN, and how long before the deadline it returns.
+# How long send() and wait_for_room() wait for the collector, at SHUTDOWN and at any other time, and
+# how long before an event's deadline send() returns.
 SHUTDOWN_SECONDS = 1.2
-SHUTDOWN_MARGIN_SECONDS = 0.1
+PATIENCE_SECONDS = 1
+MARGIN_SECONDS = 0.2
 
 # A request fails when no byte of the response arrives within this time. That timeout stands still
-# while Lambda freezes the environment, and does not cover DNS. So a sender that has had no answer
-# for a second more than this time, by the wall clock, is replaced by another one.
+# while Lambda freezes the environment, and does not cover DNS. So a batch that has had no response
+# for a second more than this time, by the wall clock, is given up.
 TIMEOUT_SECONDS = 5
 
-# How many replaced senders may still hang. Each of them keeps a thread, and a request.
-MAX_HANGING_SENDERS = 8
+# How many threads of batches that were given up can still hang. Each of them keeps a request.
+MAX_HANGING_THREADS = 8
 
 # What becomes of a request.
 SENT = "sent"
@@ -57,71 +56,83 @@ REFUSING_STATUSES = (400, 413, 422)
 encode = json.JSONEncoder(allow_nan=False).encode  # NaN is not JSON
 
 
-class Batches:
-    """Records on their way to a collector. A thread of its own, the sender, sends them.
+def json_array(texts: list[str], token: str) -> tuple[bytes, dict[str, str]]:
+    """Returns the body and the headers of a request that sends these records (JSON texts)."""
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    return f"[{','.join(texts)}]".encode(), headers
 
-    All waiting records together become a batch. There is one batch at a time, and it belongs to one
-    sender. A sender whose batch is no longer the current one has been replaced, and gives up.
+
+class Batches:
+    """Records on their way to a collector, in the format that make_request gives them.
+
+    make_request is a function like json_array(). An exception in it is a bug, and ends the
+    extension.
+
+    All waiting records together become a batch, which a thread of its own sends. There is one batch
+    at a time. If its thread hangs, the batch is given up: its records wait again, and the thread
+    ends as soon as it notices.
     """
 
-    def __init__(self) -> None:
-        self.url = ""
-        self.token = ""
+    def __init__(self, make_request: Callable = json_array) -> None:
+        self._make_request = make_request
+        self._url = ""
+        self._token = ""
+        self._session = requests.Session()
         self._changed = threading.Condition()  # also the lock of all that follows
         self._waiting = collections.deque()  # JSON texts, the oldest first
         self._waiting_bytes = 0
-        self._timer_ends = 0.0  # when a batch is due, by the monotonic clock
+        self._timer_runs = False
         self._batch = collections.deque()  # the texts being sent, older than those waiting
         self._batch_began = time.time()
-        self._last_answer = time.time()  # to this batch; before the first one, when it began
+        self._last_response = time.time()  # to this batch; before the first one, when it began
         self._last_success = time.time()  # likewise
         self._has_failed = False  # whether the previous batch has
-        self._sender = None  # a thread
-        self._replaced_senders = []  # threads that may still hang
+        self._hanging_threads = 0  # of batches that were given up
         # Counted since the log last reported them:
         self._dropped = 0
         self._refused = 0
         self._refusal = ""  # the reason for the last refusal
 
     def start(self) -> None:
-        """Reads COLLECTOR_URL and COLLECTOR_TOKEN, and starts the sender. Call this in init().
+        """Reads COLLECTOR_URL and COLLECTOR_TOKEN. Call this in init(), before add().
 
-        It ends the extension if there is no valid URL.
+        It ends the extension if the URL, or the file of REQUESTS_CA_BUNDLE, is not valid.
         """
-        self.url = os.environ.get("COLLECTOR_URL", "").strip()
-        self.token = os.environ.get("COLLECTOR_TOKEN", "").strip()
-        if not self.url.startswith(("http://", "https://")):
+        self._url = os.environ.get("COLLECTOR_URL", "").strip()
+        self._token = os.environ.get("COLLECTOR_TOKEN", "").strip()
+        if not self._url.startswith(("http://", "https://")):
             raise SystemExit("COLLECTOR_URL must be an http:// or https:// URL")
-        self._start_sender()
-
-    def request(self, texts: list[str]) -> tuple[bytes, dict[str, str]]:
-        """Returns the body and the headers of a request that sends these records (JSON texts).
-
-        Override this for another format. An exception here is a bug, and ends the extension.
-        """
-        headers = {"Content-Type": "application/json"}
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
-        return f"[{','.join(texts)}]".encode(), headers
+        # requests would let ~/.netrc replace the token. Only what it takes from the environment
+        # besides is wanted: proxies, and a company's certificates.
+        self._session.trust_env = False
+        self._session.proxies = requests.utils.get_environ_proxies(self._url)
+        certificates = os.environ.get("REQUESTS_CA_BUNDLE")
+        if certificates:
+            if not os.path.exists(certificates):
+                raise SystemExit(f"REQUESTS_CA_BUNDLE names no file: {certificates}")
+            self._session.verify = certificates
+        # requests would read the body of a redirect, of any size, even without following it.
+        self._session.get_redirect_target = lambda resp: None
 
     def add(self, record: object) -> None:
-        """Adds a record, which must be something that JSON can hold. Any thread may call this.
+        """Adds a record, which must be something that JSON can hold. Any thread can call this.
 
         Raises TypeError, ValueError or RecursionError if JSON cannot hold it.
         """
         self.add_texts([encode(record)])
 
     def add_texts(self, texts: list[str]) -> None:
-        """Adds records that are JSON already. Any thread may call this."""
+        """Adds records that are JSON already. Any thread can call this."""
         with self._changed:
-            if not self._waiting:
-                self._start_timer()
             # A record that is larger than the buffer would push all others out of it.
             kept = [text for text in texts if sys.getsizeof(text) <= MAX_WAITING_BYTES]
             self._dropped += len(texts) - len(kept)
             self._waiting.extend(kept)
             self._waiting_bytes += sum(map(sys.getsizeof, kept))
-            self._replace_stuck_sender()
+            self._start_timer()
+            self._give_up_hanging_batch(TIMEOUT_SECONDS + 1)
             if self._is_half_full() and not self._has_failed:
                 self._begin_batch()
             self._drop_oldest()
@@ -140,28 +151,22 @@ class Batches:
 
         At SHUTDOWN it sends everything, and says how many records it could not send.
         """
-        seconds_left = event["deadlineMs"] / 1000 - time.time()
+        seconds_left = event["deadlineMs"] / 1000 - time.time() - MARGIN_SECONDS
         with self._changed:
             if event["eventType"] == "SHUTDOWN":
-                self._send_everything(min(seconds_left - SHUTDOWN_MARGIN_SECONDS, SHUTDOWN_SECONDS))
+                self._send_everything(min(seconds_left, SHUTDOWN_SECONDS))
                 return
-            self._replace_stuck_sender()
+            self._give_up_hanging_batch(TIMEOUT_SECONDS + 1)
             is_time = seconds_since(self._batch_began) >= BATCH_SECONDS
             is_enough = len(self._waiting) >= BATCH_RECORDS and not self._has_failed
             if is_time or is_enough:
                 self._begin_batch()
             patience = PATIENCE_SECONDS - seconds_since(self._batch_began)
-            self._wait_for_batch(min(patience, seconds_left - MARGIN_SECONDS))
+            self._wait_for_batch(min(patience, seconds_left))
 
     def _send_everything(self, seconds):
         end = time.monotonic() + seconds
-        # An earlier batch may hang. Then another sender takes it over, with all other records.
-        while self._batch and time.monotonic() < end:
-            patience = PATIENCE_SECONDS - seconds_since(self._last_answer)
-            if patience <= 0:
-                self._replace_sender()
-                break
-            self._wait_for_batch(min(patience, end - time.monotonic()))
+        self._give_up_hanging_batch(PATIENCE_SECONDS)
         self._has_failed = False
         while (self._batch or self._waiting) and not self._has_failed and time.monotonic() < end:
             self._begin_batch()
@@ -172,7 +177,7 @@ class Batches:
         self._log_losses()
 
     def _wait_for_batch(self, seconds):
-        """Waits until this batch is sent, has failed or is taken away, or until the time is up."""
+        """Waits until this batch is sent, has failed or is given up, or until the time is up."""
         batch = self._batch
         self._changed.wait_for(lambda: not batch or batch is not self._batch, max(0, seconds))
 
@@ -180,22 +185,28 @@ class Batches:
         return self._waiting_bytes > MAX_WAITING_BYTES / 2
 
     def _start_timer(self):
-        """Lets the sender begin a batch after BATCH_SECONDS, if nobody else has begun one.
+        """Sends what is waiting after BATCH_SECONDS, if it is still waiting then.
 
-        The monotonic clock stands still while Lambda freezes the environment. That is intended: the
-        next invocation is to send these records at its end, together with its own.
+        The timer stands still while Lambda freezes the environment. That is intended: the next
+        invocation is to send these records at its end, together with its own.
         """
-        self._timer_ends = time.monotonic() + BATCH_SECONDS
-        self._changed.notify_all()
+        if self._waiting and not self._timer_runs:
+            self._timer_runs = True
+            threading.Timer(BATCH_SECONDS, self._end_timer).start()
+
+    def _end_timer(self):
+        with self._changed:
+            self._timer_runs = False
+            self._begin_batch()
 
     def _begin_batch(self):
-        """Hands all waiting records to the sender, unless it is still at work."""
+        """Starts to send all waiting records, unless a batch is being sent already."""
         if self._waiting and not self._batch:
             self._batch = self._waiting
             self._waiting = collections.deque()
             self._waiting_bytes = 0
-            self._batch_began = self._last_answer = self._last_success = time.time()
-            self._changed.notify_all()
+            self._batch_began = self._last_response = self._last_success = time.time()
+            threading.Thread(target=self._run_thread, args=[self._batch]).start()
 
     def _end_batch(self, has_failed):
         """Puts the unsent records back among the waiting ones."""
@@ -206,6 +217,15 @@ class Batches:
         self._drop_oldest()
         self._log_losses()
         self._start_timer()
+        self._changed.notify_all()
+
+    def _give_up_hanging_batch(self, seconds):
+        """Ends the batch if it has had no response for so long, unless too many threads hang."""
+        is_hanging = self._batch and seconds_since(self._last_response) > seconds
+        if is_hanging and self._hanging_threads < MAX_HANGING_THREADS:
+            self._hanging_threads += 1
+            log(f"Records not sent yet: {len(self._batch)} (no response)")
+            self._end_batch(has_failed=True)
 
     def _drop_oldest(self):
         while self._waiting_bytes > MAX_WAITING_BYTES:
@@ -220,67 +240,23 @@ class Batches:
         self._refused = 0
         self._dropped = 0
 
-    def _start_sender(self):
-        self._sender = threading.Thread(target=self._run_sender)
-        self._sender.start()
-
-    def _replace_stuck_sender(self):
-        if self._batch and seconds_since(self._last_answer) > TIMEOUT_SECONDS + 1:
-            self._replace_sender()
-
-    def _replace_sender(self):
-        """Lets another thread be the sender, if one can be started, and ends the batch."""
-        hanging = [thread for thread in self._replaced_senders if thread.is_alive()]
-        if len(hanging) >= MAX_HANGING_SENDERS:
-            return
-        replaced = self._sender
+    def _run_thread(self, batch):
         try:
-            self._start_sender()
-        except RuntimeError:  # no thread can be started
-            self._sender = replaced
-            return
-        self._replaced_senders = [*hanging, replaced]
-        log(f"Records not sent yet: {len(self._batch)} (no answer)")
-        self._end_batch(has_failed=True)
-
-    def _run_sender(self):
-        try:
-            self._send_batches()
-        except BaseException as error:  # a bug in request() is treated like one in process()
+            self._send_batch(batch)
+        except BaseException as error:  # a bug in make_request() is treated like one in process()
             fail_with(error)
 
-    def _send_batches(self):
-        """Sends batch after batch, until this sender is replaced."""
-        import requests  # imported only here, so that the extension registers sooner
-
-        session = requests.Session()
-        # Otherwise the requests library reads the body of a redirect, of any size, even though it
-        # does not follow the redirect.
-        session.get_redirect_target = lambda resp: None
-        me = threading.current_thread()
-        while True:
-            with self._changed:
-                while not self._batch and me is self._sender:
-                    seconds = self._timer_ends - time.monotonic() if self._waiting else None
-                    if seconds is None or seconds > 0:
-                        self._changed.wait(seconds)
-                    else:
-                        self._begin_batch()
-                if me is not self._sender:
-                    return
-                batch = self._batch
-            self._send_batch(session, batch)
-
-    def _send_batch(self, session, batch):
+    def _send_batch(self, batch):
         """Sends the batch in few requests, and in smaller ones where the collector refuses some."""
         size = RECORDS_IN_REQUEST
-        while True:
+        while batch:
             texts = beginning_of(batch, size)
-            outcome, reason = self._post(session, texts)
+            outcome, reason = self._post(texts)
             with self._changed:
                 if batch is not self._batch:
-                    return  # this sender has been replaced
-                self._last_answer = time.time()
+                    self._hanging_threads -= 1
+                    return
+                self._last_response = time.time()
                 if outcome == FAILED:
                     log(f"Records not sent yet: {len(batch)} ({reason})")
                     self._end_batch(has_failed=True)
@@ -292,22 +268,21 @@ class Batches:
                     self._refused += 1
                     self._refusal = reason
                 else:
-                    self._last_success = self._last_answer
+                    self._last_success = self._last_response
                 for _ in texts:
                     batch.popleft()
                 size = min(2 * size, RECORDS_IN_REQUEST)
                 if not batch:
                     self._end_batch(has_failed=False)
-                    return
 
-    def _post(self, session, texts):
+    def _post(self, texts):
         """Sends records; returns SENT, REFUSED or FAILED, and the reason (str)."""
-        body, headers = self.request(texts)
+        body, headers = self._make_request(texts, self._token)
         try:
             # Each request gets a connection of its own, because one that was kept is dead after a
             # freeze. The body of the response is not read, because it may be of any size.
-            with session.post(
-                self.url,
+            with self._session.post(
+                self._url,
                 data=body,
                 headers=headers,
                 timeout=TIMEOUT_SECONDS,

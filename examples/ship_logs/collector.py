@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: MIT-0
-"""A collector to try the example with: prints each record that it gets, on a line of its own."""
+"""A collector to try the example with: prints each record that it gets, on a line of its own.
+
+    python3 collector.py [ADDRESS:]PORT
+
+It listens on loopback, where no container reaches it, unless an address such as 0.0.0.0 is given.
+"""
 
 import json
 import sys
@@ -19,4 +24,5 @@ class Collector(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Collector).serve_forever()
+    address, _, port = sys.argv[1].rpartition(":")
+    ThreadingHTTPServer((address or "127.0.0.1", int(port)), Collector).serve_forever()

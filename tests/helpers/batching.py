@@ -10,6 +10,7 @@ from sample import NAME
 
 EXAMPLE = ROOT / "examples" / "ship_logs"
 BATCHES = (EXAMPLE / "batches.py").read_text()
+FORMATS = (EXAMPLE / "formats.py").read_text()
 NOWHERE = "http://127.0.0.1:1/"  # a collector that does not exist
 
 # Code before an extension's own. It lets the time limits of connections pass five times as fast.
@@ -29,7 +30,11 @@ def batching_with(extension, tmp_path):
 
     def make(code, **settings):
         changes = "".join(f"batches.{name} = {value}\n" for name, value in settings.items())
-        files = {"batches.py": BATCHES, "extension.py": f"import batches\n{changes}{code}"}
+        files = {
+            "batches.py": BATCHES,
+            "formats.py": FORMATS,
+            "extension.py": f"import batches\n{changes}{code}",
+        }
         return variant(extension, tmp_path, files)
 
     return make
