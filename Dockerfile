@@ -14,9 +14,8 @@ ENV LAMBDA_TASK_ROOT=/var/task
 FROM python AS dependencies
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-pip
-# The lock files name every package that is needed, with hashes. scripts/pip_install.py gives pip
-# the same options for runs without Docker.
-ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_ONLY_BINARY=:all:
+# The lock files name every package that is needed, and allow only wheels.
+ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1
 WORKDIR /build
 ARG EXTENSION
 COPY requirements.txt ./

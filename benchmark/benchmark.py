@@ -103,14 +103,14 @@ def resident_mebibytes(pid):
 
 def install(folder, sources):
     """Makes what environments run: returns {extension: folder for /opt} and the task folder."""
-    pip_install = ROOT / "scripts" / "pip_install.py"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
     task = folder / "task"
     packages = folder / "packages"
     for lock_file, target in (
         (ROOT / "requirements.txt", task),
         (ROOT / NAME / "requirements.txt", packages),
     ):
-        subprocess.run([pip_install, lock_file, "--quiet", "--target", target], check=True)
+        subprocess.run([*pip, "--requirement", lock_file, "--target", target], check=True)
     shutil.copy(ROOT / "benchmark" / "function.py", task / "lambda_function.py")
 
     opts = {}

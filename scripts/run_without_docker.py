@@ -5,21 +5,16 @@
 
 The emulator, or the Daemon that LAMBDA_RUNTIME_API_DAEMON names, listens on that address and port.
 The function and the extension get each variable NAME=VALUE, each NAME with its value in this
-process, and what they need from here, but nothing else. The greeting is printed when all is ready.
+process, and what they need from here, but nothing else.
 
 What the image would contain is installed into the folder .run, once for each Python and each set of
-pins. Each run has a folder of its own in .run; the folder opt inside it appears as /opt.
-
-SIGINT, SIGTERM, SIGHUP or SIGQUIT ends it. The signal must be sent to its process group, so that
-the emulator gets it as well.
+pins. This program then becomes the emulator, so whatever stops the emulator stops the run.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
-import random
 import re
 import shutil
 import signal
@@ -27,23 +22,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 SAMPLE = Path(__file__).resolve().parents[1]
 NAME = next(SAMPLE.glob("*/extension.py")).parent.name
 RUNS = SAMPLE / ".run"
-PIP_INSTALL = SAMPLE / "scripts" / "pip_install.py"
-OPT = Path("/opt")
-# Not a link to it: an environment made through a link looks for the standard library beside it.
+# Not a link to it: a venv created through a link looks for the standard library next to the link.
 PYTHON = os.path.realpath(sys.executable)
 
-# These signals stay blocked, and the program takes them where it waits (sigwait). So none of them
-# interrupts it elsewhere, and none is lost: Linux keeps a blocked signal pending, SIGCHLD included.
-ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-AWAITED_SIGNALS = ENDING_SIGNALS | {signal.SIGCHLD}
+# A shell's code. It shows the folder $0 as /opt, with this machine's own /opt in .machine below it,
+# and then becomes a command.
+SHOW_OPT = 'mount --rbind /opt "$0/.machine" && mount --rbind "$0" /opt && exec "$@"'
 
 
 def say(text: str) -> None:
@@ -51,303 +40,142 @@ def say(text: str) -> None:
     print(f"{NAME}: {text}", file=sys.stderr, flush=True)
 
 
-def fail(text: str) -> NoReturn:
-    """Prints why the sample cannot run, and exits with status 1."""
-    say(text)
-    sys.exit(1)
+def pip_install(pins: Path, target: Path) -> None:
+    """Installs the wheels that a lock file pins into the folder target."""
+    pip = [PYTHON, "-E", "-m", "pip", "install", "--disable-pip-version-check"]
+    options = ["--no-deps", "--require-hashes", "--target", target, "--requirement", pins]
+    # The user may have set these two for pip, and neither fits --target.
+    environment = os.environ | {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
+    installed = subprocess.run([*pip, *options], env=environment, check=False)
+    if installed.returncode != 0:
+        sys.exit(f"{NAME}: pip failed; see above. If pip is missing: apt-get install python3-pip")
 
 
-def start(command: list[str | Path], **options) -> subprocess.Popen:
-    """Starts a command, in which AWAITED_SIGNALS are not blocked.
-
-    Exits instead if a signal has asked this program to end.
-    """
-
-    def unblock_signals():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED_SIGNALS)
-
-    if ENDING_SIGNALS & signal.sigpending():
-        sys.exit(0)
-    # This program has one thread, so preexec_fn is safe.
-    return subprocess.Popen(command, preexec_fn=unblock_signals, **options)  # noqa: PLW1509
-
-
-def wait_for(process: subprocess.Popen) -> int:
-    """Waits until the process ends, and returns its status.
-
-    If a signal asks this program to end, waits up to three seconds for the process, which has got
-    the signal as well, then kills it if necessary, and exits with status 0.
-    """
-    while process.poll() is None:
-        if signal.sigwait(AWAITED_SIGNALS) in ENDING_SIGNALS:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=3)  # AWS's emulator kills an extension after two
-            process.kill()
-            process.wait()
-            sys.exit(0)
-    return process.returncode
-
-
-def run(command: list[str | Path], **options) -> int:
-    """Runs a command to its end, and returns its status."""
-    return wait_for(start(command, **options))
-
-
-def try_to_lock(file: int) -> bool:
-    """Locks a file, unless another process holds its lock; returns whether it did."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def open_lock(folder: Path) -> int:
-    """Opens the lock file of a folder, and returns its descriptor."""
-    # For writing, because the locks of NFS need that.
-    return os.open(folder / "lock", os.O_CREAT | os.O_WRONLY, 0o600)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Locks a folder, waiting if another run has locked it; yields the descriptor of the lock.
-
-    The lock lasts until the last process that has inherited the descriptor has ended.
-    """
-    file = open_lock(folder)
-    begin = time.monotonic()
-    said = False
-    while not try_to_lock(file):
-        if not said and time.monotonic() - begin > 2:
-            say("waiting for another run to get ready")
-            said = True
-        if signal.sigtimedwait(ENDING_SIGNALS, 0.05):
-            sys.exit(0)
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def remove_folders_of_killed_runs() -> None:
-    """Removes the folders in .run that no run has locked."""
-    for folder in RUNS.glob("run.*"):
-        try:
-            file = open_lock(folder)
-        except FileNotFoundError:
-            continue  # its run has just ended, and removed it
-        if try_to_lock(file):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(file)
-
-
-@contextlib.contextmanager
-def own_folder() -> Iterator[tuple[Path, int]]:
-    """Makes a folder for this run and locks it; yields it, and the descriptor of its lock."""
-    folder = Path(tempfile.mkdtemp(prefix="run.", dir=RUNS))
-    try:
-        with locked(folder) as lock:
-            yield folder, lock
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def pip_install(pins: Path, target: Path, temporary: Path, *options: str) -> None:
-    """Installs the packages that a file pins into the folder target."""
-    command = [PYTHON, "-E", PIP_INSTALL, pins, "--target", target]
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    if run([*command, *options], env=environment, stdout=sys.stderr) != 0:
-        fail("pip failed; see its output above")
-
-
-def install(folder: Path) -> Path:
-    """Installs what the image contains, if necessary; returns the folder where it is.
-
-    It is put together in this run's own folder, and appears in .run all at once.
-    """
+def install() -> Path:
+    """Installs what the image contains, if necessary; returns the folder where it is."""
     function_pins = SAMPLE / "requirements.txt"
     extension_pins = SAMPLE / NAME / "requirements.txt"
     emulator_pins = SAMPLE / "scripts" / "requirements-rie.txt"
-    # Whatever decides what is installed.
     key = f"{platform.machine()} {PYTHON} {sys.version}".encode()
-    for file in function_pins, extension_pins, emulator_pins, PIP_INSTALL, Path(__file__):
+    for file in function_pins, extension_pins, emulator_pins, Path(__file__):
         key += file.read_bytes()
     installed = RUNS / f"{NAME}-{hashlib.sha256(key).hexdigest()[:16]}"
     if installed.exists():
         return installed
 
-    cpu = {"x86_64": "x86_64", "aarch64": "arm64"}.get(platform.machine())
-    if not cpu:
-        fail(f"there is no emulator for the CPU {platform.machine()}")
     say(f"installing the dependencies into {RUNS} (once)")
-    new = folder / "new"
-    # The function's packages go into a virtual environment, which hides this machine's.
-    if run([PYTHON, "-E", "-m", "venv", "--without-pip", new / "python"]) != 0:
-        fail("no virtual environment can be made; see above")
-    (site_packages,) = new.glob("python/lib/python*/site-packages")
-    pip_install(function_pins, site_packages, folder)
-    pip_install(extension_pins, new / "opt" / NAME, folder)
-    pip_install(emulator_pins, folder / "sam", folder, "--no-compile")
-    binary = folder / "sam" / "samcli" / "local" / "rapid" / f"aws-lambda-rie-{cpu}"
-    binary.rename(new / "aws-lambda-rie")
-    return new.rename(installed)
+    with tempfile.TemporaryDirectory(prefix="new.", dir=RUNS) as folder:
+        new = Path(folder, "new")
+        # The function's packages go into a virtual environment, which hides this machine's.
+        subprocess.run([PYTHON, "-E", "-m", "venv", "--without-pip", new / "python"], check=True)
+        (site_packages,) = new.glob("python/lib/python*/site-packages")
+        pip_install(function_pins, site_packages)
+        pip_install(extension_pins, new / "extension")
+        pip_install(emulator_pins, new / "emulator")
+        with contextlib.suppress(OSError):  # another run was faster
+            new.rename(installed)
+    return installed
 
 
-def copy_executable(file: Path, folder: Path) -> Path:
-    """Copies a script into a folder, and makes it executable: a ZIP file may have lost that."""
-    copy = Path(shutil.copy(file, folder))
+def copy_script(file: Path, folder: Path) -> str:
+    """Copies a script, as the Dockerfile does: executable, and without Windows line endings."""
+    copy = folder / file.name
+    copy.write_bytes(file.read_bytes().replace(b"\r\n", b"\n"))
     copy.chmod(0o755)
-    return copy
+    return str(copy)
 
 
-def make_opt(installed: Path, folder: Path) -> Path:
-    """Makes what is /opt in the image, and returns its folder."""
-    opt = Path(shutil.copytree(installed / "opt", folder / "opt", symlinks=True))
+def make_opt(installed: Path, opt: Path) -> None:
+    """Creates what is /opt in the image, beside what this machine has there."""
+    shutil.rmtree(opt, ignore_errors=True)
+    shutil.copytree(installed / "extension", opt / NAME)
     for file in (SAMPLE / NAME).glob("*.py"):
         shutil.copy(file, opt / NAME)
     (opt / "extensions").mkdir()
-    copy_executable(SAMPLE / "extensions" / NAME, opt / "extensions")
-    return opt
+    copy_script(SAMPLE / "extensions" / NAME, opt / "extensions")
+    (opt / ".machine").mkdir()
+    for path in Path("/opt").iterdir():
+        if path.name not in ("extensions", NAME):
+            (opt / path.name).symlink_to(f".machine/{path.name}")
 
 
-def isolating_command(opt: Path) -> list[str | Path]:
-    """Returns the words to put before a command so that it sees that folder as /opt.
+def words_that_show_opt(opt: Path) -> list[str]:
+    """Returns the words to put before a command so that it alone sees that folder as /opt.
 
-    Only that command sees the mounts, and all its processes end with it. For an ordinary user, it
-    runs as root of a namespace of its own, without more rights. Returns an empty list where this
-    does not work; then `unshare` or `mount` has said why.
+    For an ordinary user, the command runs as root of a namespace of its own, without more rights.
+    Where this is refused, links the folder into /opt instead, and returns an empty list.
     """
-    options = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if os.geteuid() != 0:
-        options.append("--map-root-user")
-    command = ["unshare", *options, "sh", SAMPLE / "scripts" / "mount-opt", opt]
-    try:
-        status = run([*command, "true"])
-    except FileNotFoundError as error:
-        say(str(error))
-        return []
-    return command if status == 0 else []
-
-
-def remove_dead_links() -> None:
-    """Removes from /opt the links of runs that were killed."""
-    for link in OPT.iterdir():
-        if link.is_symlink() and "/.run/run." in os.readlink(link) and not link.exists():
-            link.unlink()
-
-
-@contextlib.contextmanager
-def links(opt: Path) -> Iterator[None]:
-    """Links the extension into /opt, and removes the links in the end."""
-    with contextlib.ExitStack() as made:
+    options = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
+    words = ["unshare", *options, "sh", "-c", SHOW_OPT, str(opt)]
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run([*words, "true"], check=False).returncode == 0:
+            return words
+    say("this machine refuses a mount of its own, see above: linking into /opt")
+    for name in "extensions", NAME:
+        link = Path("/opt", name)
+        if link.is_symlink() and "/.run/" in os.readlink(link):
+            link.unlink()  # of an earlier run
         try:
-            remove_dead_links()
-            for name in "extensions", NAME:
-                link = OPT / name
-                link.symlink_to(opt / name)
-                made.callback(link.unlink)
+            link.symlink_to(opt / name)
         except OSError as error:
-            say(str(error))
-            fail("cannot link into /opt; end the other run there, or use --docker, or run as root")
-        yield
+            sys.exit(f"{NAME}: {error}; use --docker, or run as root")
+    return []
 
 
-def free_port(reserved: int) -> int:
-    """Returns a free port of loopback, from below those that Linux uses for connections.
-
-    It is not the reserved one, on which nothing listens yet.
-    """
-    while True:
-        port = random.randrange(20_000, 32_768)
-        if port == reserved:
-            continue
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-
-
-def emulator_command(installed: Path, address: str, port: str) -> tuple[list[str], dict[str, str]]:
+def emulator(installed: Path, address: str, port: str) -> tuple[list[str], dict[str, str]]:
     """Returns the command of what emulates Lambda, and the variables that it needs."""
-    api_port = str(free_port(reserved=int(port)))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        api_port = str(server.getsockname()[1])  # which is free
     daemon = os.environ.get("LAMBDA_RUNTIME_API_DAEMON")
     if daemon:
         return [daemon], {"INVOKE_API_HOST": address, "PORT": port, "RUNTIME_API_PORT": api_port}
+    cpu = platform.machine().replace("aarch64", "arm64")
     command = [
-        str(installed / "aws-lambda-rie"),
+        f"{installed}/emulator/samcli/local/rapid/aws-lambda-rie-{cpu}",
         f"--runtime-interface-emulator-address={address}:{port}",
         f"--runtime-api-address=127.0.0.1:{api_port}",
     ]
     return command, {}
 
 
-def variables(words: list[str]) -> dict[str, str]:
-    """Returns the variables NAME of this process, and those that are given as NAME=VALUE."""
-    found = {}
-    for word in words:
-        name, equals_sign, value = word.partition("=")
-        if equals_sign:
-            found[name] = value
-        elif name in os.environ:
-            found[name] = os.environ[name]
-    return found
-
-
-def run_sample(address: str, port: str, greeting: str, words: list[str]) -> NoReturn:
-    """Runs the sample until it ends, or a signal ends it."""
-    with contextlib.ExitStack() as stack:
-        # One run at a time cleans up and installs, so none removes what another has just made.
-        with locked(RUNS):
-            remove_folders_of_killed_runs()
-            folder, lock = stack.enter_context(own_folder())
-            installed = install(folder)
-        opt = make_opt(installed, folder)
-        isolated = isolating_command(opt)
-        if not isolated:
-            say("no namespaces here, see above: linking into /opt for the duration of the run")
-            stack.enter_context(links(opt))
-
-        command, settings = emulator_command(installed, address, port)
-        given = variables(words)
-        path = [f"{installed}/python/bin", given.pop("PATH", ""), "/usr/local/bin:/usr/bin:/bin"]
-        environment = {
-            "PATH": ":".join(filter(None, path)),
-            # The function runs in the sample's folder, and leaves no bytecode there.
-            "LAMBDA_TASK_ROOT": str(SAMPLE),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        entrypoint = copy_executable(SAMPLE / "lambda-entrypoint.sh", folder)
-        handler = re.search(r'(?m)^CMD.*"(.*)"', (SAMPLE / "Dockerfile").read_text())
-        if not handler:
-            fail('the Dockerfile has no CMD ["HANDLER"]')
-        say(greeting)
-        status = run(
-            [*isolated, *command, entrypoint, handler[1]],
-            env=environment | given | settings,
-            cwd="/",  # the emulator stumbles over some folders' names
-            pass_fds=[lock],  # another run keeps this folder even if this program alone is killed
-        )
-        fail(f"{Path(command[0]).name} ended with status {status}; see its output above")
-
-
-def make_folder_of_runs() -> None:
-    """Makes .run, which nobody else can read, or says why not."""
-    try:
-        RUNS.mkdir(mode=0o700, exist_ok=True)
-    except FileExistsError:
-        fail(f"{RUNS} is not a folder: remove it")
-    if os.geteuid() not in (0, RUNS.stat().st_uid):
-        fail(f"{RUNS} belongs to another user, who ran this before: remove it")
+def environment_of(words: list[str], installed: Path) -> dict[str, str]:
+    """Returns what the function and the extension get: what the words say, and what they need."""
+    given = {name: os.environ[name] for name in words if name in os.environ}
+    given |= dict(word.split("=", 1) for word in words if "=" in word)
+    path = [f"{installed}/python/bin", given.pop("PATH", ""), "/usr/local/bin:/usr/bin:/bin"]
+    needed = {
+        "PATH": ":".join(filter(None, path)),
+        "LAMBDA_TASK_ROOT": str(SAMPLE),
+        "PYTHONDONTWRITEBYTECODE": "1",  # the function runs in the sample's folder
+    }
+    return needed | given
 
 
 def main() -> None:
-    """Runs the sample as the command line says."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would never be pending
-    signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED_SIGNALS)
+    """Becomes the emulator."""
+    # Until then, SIGTERM raises an exception, as Ctrl-C does: pip ends, and `with` cleans up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     address, port, greeting, *words = sys.argv[1:]
-    try:
-        make_folder_of_runs()
-        run_sample(address, port, greeting, words)
-    except OSError as error:
-        fail(f"cannot run here: {error}")
+    RUNS.mkdir(exist_ok=True)
+    installed = install()
+    # Only one run at a time can listen there, so this folder is its own.
+    folder = RUNS / f"{address}-{port}"
+    make_opt(installed, folder / "opt")
+    command, settings = emulator(installed, address, port)
+    entrypoint = copy_script(SAMPLE / "lambda-entrypoint.sh", folder)
+    (handler,) = re.findall(r'(?m)^CMD.*"(.*)"', (SAMPLE / "Dockerfile").read_text())
+    # If the emulator is killed, the kernel kills the runtime. The extension notices by itself.
+    runtime = ["setpriv", "--pdeathsig", "KILL", entrypoint, handler]
+    command = [*words_that_show_opt(folder / "opt"), *command, *runtime]
+    environment = environment_of(words, installed) | settings
+    say(greeting)
+    os.chdir("/")
+    os.execvpe(command[0], command, environment)
 
 
-main()
+try:
+    main()
+except KeyboardInterrupt:
+    sys.exit(130)
+except (OSError, subprocess.SubprocessError) as error:
+    sys.exit(f"{NAME}: cannot run here: {error}")

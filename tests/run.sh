@@ -15,7 +15,11 @@ venv() {
     echo "Installing the $(grep -c == "$1") packages of $1 into $2, once"
     rm -rf "$2"
     python3 -m venv --without-pip "$2"
-    python3 scripts/pip_install.py "$1" --for "$2/bin/python3" --ignore-installed --no-compile
+    # Run by the environment's Python, the pip of this machine installs there, beside what it sees
+    # of this machine. So Debian's python3-venv is not needed.
+    pip=$(python3 -c 'import pip; print(*pip.__path__)')
+    PIP_USER=0 "$2/bin/python3" "$pip" install --quiet --disable-pip-version-check --no-compile \
+        --ignore-installed --no-deps --require-hashes --requirement "$1"
     echo "$made_for" >"$2/made-for"
 }
 

@@ -8,7 +8,7 @@ from extension_process import PYTHON, run_to_end, started, variant
 from fake_lambda import IDENTIFIER, REGISTERED, SHUTDOWN, FakeLambda, hangs, invoke_event
 from machine import ROOT, path_with, run, wait_until
 from pages import PAGES, code_blocks
-from sample import NAME
+from sample import NAME, RECEIVED
 
 # Logs the modules that have been imported.
 LOG_MODULES = "log('Modules: ' + json.dumps(sorted(sys.modules)))"
@@ -45,7 +45,7 @@ def test_extension_py_can_be_imported_and_starts_nothing(extension):
     call = "import extension; extension.process({'eventType': 'INVOKE'})"
     command = *PYTHON, "-c", f"import sys; sys.path.insert(0, ''); {call}"
     ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=extension.parent)
-    assert ran.stdout == f'[{NAME}] Received event: {{"eventType": "INVOKE"}}\n'
+    assert ran.stdout == f'[{NAME}] {RECEIVED}: {{"eventType": "INVOKE"}}\n'
     assert ran.stderr == ""
 
 

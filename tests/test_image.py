@@ -277,82 +277,14 @@ def source_distribution(tmp_path):
     return f"any==1 --hash=sha256:{digest}\n"
 
 
-def pip_install(tmp_path, requirement, **variables):
-    """Installs a requirement as the sample does; of the shell's settings of pip, none count."""
-    (tmp_path / "lock.txt").write_text(requirement)
-    command = ROOT / "scripts" / "pip_install.py", tmp_path / "lock.txt", "--target", tmp_path / "x"
-    others = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    return run(*command, env=others | {"PIP_CONFIG_FILE": os.devnull} | variables)
-
-
-def test_only_wheels_are_installed(tmp_path, source_distribution):
-    """Installing a source distribution would run its setup.py."""
-    links = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
-    installed = pip_install(tmp_path, source_distribution, **links)
-    assert installed.returncode != 0
-    assert "No matching distribution found for any==1" in installed.stderr
-    assert not (tmp_path / "ran").exists()
-
-
 def test_only_wheels_get_into_the_image(copy, base_image, tmp_path, source_distribution):
     archive = (tmp_path / "any-1.tar.gz").read_bytes()
     page = answer(200, b'<a href="any-1.tar.gz">any-1.tar.gz</a>', Content_Type="text/html")
     with ScriptedServer({"/any-1.tar.gz": [answer(200, archive)], "": [page]}) as server:
         links = f"--no-index --find-links http://{server.address}/\n"
-        (copy / "requirements.txt").write_text(links + source_distribution)
+        (copy / "requirements.txt").write_text(f"--only-binary :all:\n{links}{source_distribution}")
         reason = "No matching distribution found for any==1"
         assert_build_fails(copy, base_image, reason, "--network=host")
-
-
-def test_pip_asks_the_index_of_its_configuration_unless_a_variable_names_another(tmp_path):
-    """A company may name its index in either of them."""
-    any_package = "any==1 --hash=sha256:" + "0" * 64
-    settings = tmp_path / "pip.conf"
-    with (
-        ScriptedServer({"": [answer(404)]}) as configured,
-        ScriptedServer({"": [answer(404)]}) as of_the_variable,
-    ):
-        settings.write_text(f"[global]\nindex-url = http://{configured.address}/\n")
-        pip_install(tmp_path, any_package, PIP_CONFIG_FILE=str(settings))
-        assert [request.path for request in configured.requests] == ["/any/"]
-        variable = {"PIP_INDEX_URL": f"http://{of_the_variable.address}/"}
-        pip_install(tmp_path, any_package, PIP_CONFIG_FILE=str(settings), **variable)
-        assert [request.path for request in of_the_variable.requests] == ["/any/"]
-        assert len(configured.requests) == 1
-
-
-def test_pip_gets_only_the_settings_that_say_where_and_how_it_fetches_packages(tmp_path):
-    """A stand-in for the Python that would run pip prints its variables."""
-    path_with(tmp_path, {"python": "env"})
-    counted = {
-        "PIP_CERT": "/cert.pem",
-        "PIP_CLIENT_CERT": "/client.pem",
-        "PIP_DEFAULT_TIMEOUT": "5",
-        "PIP_EXTRA_INDEX_URL": "https://one.example https://two.example",
-        "PIP_FIND_LINKS": "/wheels",
-        "PIP_INDEX_URL": "https://user:it's@example.com/simple",
-        "PIP_KEYRING_PROVIDER": "disabled",
-        "PIP_NO_INDEX": "1",
-        "PIP_PROXY": "http://proxy.example:3128",
-        "PIP_RETRIES": "6",
-        "PIP_TIMEOUT": "7",
-        "PIP_TRUSTED_HOST": "example.com",
-    }
-    others = {"PIP_USER": "1", "PIP_PREFIX": "/prefix", "PIP_NO_BINARY": ":all:", "PIP_PRE": "1"}
-    pip = ROOT / "scripts" / "pip_install.py", "lock.txt", "--for", tmp_path / "python"
-    shown = run(*pip, env=os.environ | counted | others).stdout.splitlines()
-    always = {"PIP_CONFIG_FILE": os.devnull, "PIP_ROOT_USER_ACTION": "ignore"}
-    given = dict(line.split("=", 1) for line in shown if line.startswith("PIP_"))
-    assert given == counted | always
-
-
-def test_an_error_in_pips_configuration_ends_the_installation(tmp_path):
-    """Otherwise the packages could come from elsewhere than the configuration says."""
-    settings = tmp_path / "pip.conf"
-    settings.write_text("no section\n")
-    installed = pip_install(tmp_path, "", PIP_CONFIG_FILE=str(settings))
-    assert installed.returncode != 0
-    assert str(settings) in installed.stderr
 
 
 def test_without_a_file_update_pins_writes_every_lock_file(copy, tmp_path):

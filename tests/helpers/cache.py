@@ -17,7 +17,7 @@ from sample import NAME
 CACHE = ROOT / ".venv" / "cache"
 EXTENSION_PINS = ROOT / NAME / "requirements.txt"
 PINS = [ROOT / "requirements.txt", EXTENSION_PINS, ROOT / "scripts" / "requirements-rie.txt"]
-PIP_INSTALL = ROOT / "scripts" / "pip_install.py"
+PIP = "python3", "-m", "pip", "--quiet", "--disable-pip-version-check"
 
 
 @contextlib.contextmanager
@@ -52,9 +52,7 @@ def pip_settings():
 
     def download(folder):
         pins = [f"--requirement={file}" for file in PINS]
-        options = "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"
-        pip = "python3", "-m", "pip", "download", *options, "--only-binary", ":all:"
-        downloaded = run(*pip, "--dest", folder, *pins)
+        downloaded = run(*PIP, "download", "--no-deps", "--require-hashes", "--dest", folder, *pins)
         assert downloaded.returncode == 0, downloaded.stderr
 
     wheels = made_once("wheels", download, *PINS)
@@ -67,7 +65,8 @@ def extension_packages():
     settings = pip_settings()
 
     def install(folder):
-        command = PIP_INSTALL, EXTENSION_PINS, "--quiet", "--target", folder
+        options = "--no-deps", "--require-hashes", "--target", folder
+        command = *PIP, "install", *options, "--requirement", EXTENSION_PINS
         installed = run(*command, env=os.environ | settings)
         assert installed.returncode == 0, installed.stderr
 
@@ -79,22 +78,13 @@ def share_installed(sample):
 
     Then links everything of that kind from the cache into the copy, so that runs find it.
     """
-    deciding = *PINS, PIP_INSTALL, ROOT / "scripts" / "run_without_docker.py"
-    shared = made_once("installed", Path.mkdir, *deciding)
+    shared = made_once("installed", Path.mkdir, *PINS, ROOT / "scripts" / "run_without_docker.py")
     runs = sample / ".run"
     runs.mkdir(exist_ok=True)
     with locked():
-        for installed in runs.glob("*-*"):
+        for installed in runs.glob(f"*-{16 * '[0-9a-f]'}"):
             if not installed.is_symlink() and not (shared / installed.name).exists():
-                new = CACHE / "new"
-                shutil.rmtree(new, ignore_errors=True)  # of tests that were killed
-                shutil.move(installed, new)
-                emulator = next(shared.glob("*/aws-lambda-rie"), None)
-                if emulator:
-                    # By far the largest file, and the same in every installation.
-                    (new / emulator.name).unlink()
-                    (new / emulator.name).hardlink_to(emulator)
-                new.rename(shared / installed.name)
+                shutil.move(installed, shared)
         for installed in shared.iterdir():
             if not (runs / installed.name).exists():
                 (runs / installed.name).symlink_to(installed)

@@ -65,6 +65,13 @@ class Running(LoggedProcess):
         os.kill(self.pid if signum == signal.SIGTERM else -self.pid, signum)
         return self.wait(60)
 
+    def kill_sample(self):
+        """Kills what runs: the container, if there is one, or the emulator."""
+        if self.container:
+            run("docker", "kill", self.container)
+        else:
+            self.kill()
+
     def assert_signal_ends_it(self, signum=signal.SIGTERM):
         """Asserts that the signal ends the run with 0, and the extension with SHUTDOWN."""
         assert self.stop(signum) == 0

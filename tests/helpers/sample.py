@@ -23,7 +23,7 @@ def copy_sample(folder, sample=ROOT):
     copy = Path(shutil.copytree(sample, folder, ignore=ignore))
     if sample != ROOT:
         (copy / ".run").mkdir()
-        for installed in sample.glob(".run/*-*"):
+        for installed in sample.glob(f".run/{NAME}-*"):
             (copy / ".run" / installed.name).symlink_to(installed)
     return copy
 
@@ -96,3 +96,9 @@ def copy(folder, sample):
 def evaluating(copy):
     """A copy of the sample whose function evaluates what its event says under "do"."""
     return make_evaluating(copy)
+
+
+@pytest.fixture
+def scripted_copy(copy):
+    """A copy of the sample whose extension runs the code in its environment variables AT_…"""
+    return make_scripted(copy)
