@@ -4,8 +4,9 @@ import json
 import re
 import subprocess
 
+import pytest
 from extension_process import PYTHON, run_to_end, started, variant
-from fake_lambda import IDENTIFIER, REGISTERED, SHUTDOWN, FakeLambda, hangs, invoke_event
+from fake_lambda import IDENTIFIER, REGISTERED, SHUTDOWN, FakeLambda, invoke_event
 from machine import ROOT, path_with, run, wait_until
 from pages import PAGES, code_blocks
 from sample import NAME, RECEIVED
@@ -137,10 +138,9 @@ def test_waits_for_an_event_without_a_timeout(scripted):
 
 
 def test_output_is_unbuffered_and_accepts_any_text(scripted):
-    events = invoke_event(do=r"print('printed'); log('half a character: \ud83e')"), hangs
-    with FakeLambda(events) as api, started(scripted, api) as process:
-        wait_until(lambda: len(api.requests_for("event/next")) == 2)
-        assert "printed\n" in process.out
+    code = r"log('half a character: \ud83e'); print('printed'); time.sleep(60)"
+    with FakeLambda([invoke_event(do=code)]) as api, started(scripted, api) as process:
+        wait_until(lambda: "printed\n" in process.out, 30)  # before the code has ended
         assert f"[{NAME}] half a character: \\ud83e\n" in process.out
 
 
@@ -163,6 +163,13 @@ def test_only_its_own_packages_are_importable(scripted):
     own, *others = json.loads(re.search(r"\[\"/.*", stdout).group())
     assert own == str(scripted.parent)
     assert not [path for path in others if "packages" in path]
+
+
+@pytest.mark.parametrize("path", ["", "/nowhere"], ids=["empty", "without Python"])
+def test_launcher_finds_python_without_the_functions_path(path):
+    """Here nothing is in /opt for Python to run."""
+    ran = run(ROOT / "extensions" / NAME, env={"PATH": path})
+    assert f"can't open file '/opt/{NAME}/main.py'" in ran.stderr
 
 
 def test_launcher_withholds_the_functions_variables(tmp_path):

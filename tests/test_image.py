@@ -16,7 +16,6 @@ import pytest
 from engine import BASE_IMAGES, build
 from fake_lambda import ScriptedServer, answer
 from machine import (
-    ROOT,
     TOOLS,
     free_port,
     path_with,

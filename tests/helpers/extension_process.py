@@ -12,7 +12,8 @@ from machine import PROGRAMS, ROOT, LoggedProcess
 from sample import NAME
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
-PYTHON = [sys.executable, *re.search("(?m)^exec python3 (.*) ", LAUNCHER).group(1).split()]
+# The Python that runs the tests, with the launcher's options.
+PYTHON = [sys.executable, *re.findall("(?m)^exec python3 (.*) ", LAUNCHER)[0].split()]
 
 
 class ExtensionProcess(LoggedProcess):
