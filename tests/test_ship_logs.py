@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from unittest.mock import ANY
 
 import formats
@@ -172,7 +173,7 @@ def test_records_name_their_function_and_invocation(shipping):
 # What Lambda may send instead of the end of an invocation.
 CUT = json.dumps(records_of(0, more="x" * 100)).encode()
 LOSSES = {
-    "a record cut into two requests": [CUT[:150], CUT[150:]],
+    "a record cut into two requests": [CUT[:300], CUT[300:]],
     "no UTF-8": [b'[{"type": "function", "record": "\xff"}]'],
     "no array": [b'{"type": "function"}'],
     "nothing": [b""],
@@ -210,6 +211,7 @@ def test_a_missing_runtime_done_does_not_block(shipping, loss, when):
     if loss != "dropped records":
         unreadable = [it["record"] for it in collector.records if it["type"] == "unreadable"]
         assert unreadable == [body.decode(errors="replace") for body in bodies]
+        assert len(collector.records) == 1 + len(bodies)  # each arrives once, in one form
 
 
 def test_waits_again_after_lost_telemetry(shipping):
@@ -362,7 +364,8 @@ def test_a_hanging_collector_delays_few_deliveries(shipping):
 
 # A line, an object, as functions and Lambda itself log them, and what was no JSON.
 RECORDS = [
-    {"time": "2026-11-27T12:00:00.123Z", "type": kind, "record": record, "function": "f"}
+    {"time": "2026-11-27T12:00:00.123Z", "type": kind, "record": record, **labels}
+    for labels in [{"function": "f", "requestId": None}]  # before the first invocation
     for kind, record in [("function", "a line"), ("function", {"level": "INFO"}), ("x", "no JSON")]
 ]
 TEXTS = [json.dumps(record) for record in RECORDS]
@@ -370,6 +373,17 @@ MESSAGES = ["a line", '{"level": "INFO"}', "no JSON"]
 NANOSECONDS = 1_795_780_800_123_000_000
 
 
+@pytest.fixture
+def tokyo(monkeypatch):
+    """The time zone in which the test runs; times are in UTC regardless."""
+    monkeypatch.setenv("TZ", "JST-9")
+    time.tzset()
+    yield
+    monkeypatch.delenv("TZ")
+    time.tzset()
+
+
+@pytest.mark.usefixtures("tokyo")
 def test_loki_gets_records_as_lines(monkeypatch):
     """https://grafana.com/docs/loki/latest/reference/loki-http-api/#ingest-logs"""
     monkeypatch.setenv("AWS_LAMBDA_FUNCTION_NAME", "f")
@@ -427,6 +441,16 @@ def test_one_line_of_extension_py_names_the_format(batching_with):
     assert (status, stderr) == (0, "")
     assert b"".join(request.body for request in collector.requests).count(b"@timestamp") == 5
     assert "Records" not in stdout  # none was refused, or not sent
+
+
+def test_without_telemetry_it_returns_before_the_deadline(shipping):
+    """Of four invocations the shortest counts, because a busy machine can only prolong them."""
+    times = []
+    hurried = timed(times, lambda: invoke_event("0", seconds=0.5))
+    with TelemetryApi([*[hurried] * 4, timed(times)]) as api:
+        with started(shipping, api, COLLECTOR_URL=NOWHERE):
+            wait_until(lambda: len(times) == 5)
+    assert min(end - begin for begin, end in pairwise(times)) < 0.5
 
 
 def test_returns_before_the_deadline_of_an_invocation(shipping):
