@@ -1,91 +1,72 @@
 #!/usr/bin/env python3
 """Measures what an extension costs those who wait for a function, and those who pay for it.
 
-Everything is measured in turn, round by round, in environment.py: no extension, this one, the
-least that Python can do (http_client.py), and others. It needs Linux and, for mounts and CPU
-limits, root.
+Prints the table of docs/cost.md. Everything is measured in turn, round by round, in environment.py:
+no extension, other extensions, this one, and the least that Python can do (http_client.py). It
+needs Linux with two CPUs and, for mounts, root.
 """
 
 import argparse
-import itertools
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from environment import ROOT, Environment
 
 NAME = next(ROOT.glob("*/extension.py")).parent.name
 NONE = "no extension"
-WARM_CHARGE = "warm charge, ms"
+SLOW_START_MS = 250
 
-# What Lambda gives a function of 256 MB:
-# https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html (1,769 MB are one core)
-CORES = 0.15
-
-# The functions that are measured, and their variables for function.py. One answers at once; one
-# imports something in its first invocation, which takes 40 ms of CPU time; one takes 250 ms to
-# start.
-FUNCTIONS = {
-    "quick function": {},
-    "late imports": {"FIRST_INVOCATION_MS": "40"},
-    "slow start": {"START_MS": "250"},
-}
-
-# How environments start, and how many cores they have during init. Lambda does not limit the init
-# phase of an environment that it starts for an invocation:
-# https://github.com/DataDog/datadog-lambda-extension/issues/700
-ON_DEMAND = "On demand"
-PROVISIONED = "Provisioned concurrency"
-CORES_IN_INIT = {ON_DEMAND: 2, PROVISIONED: CORES}
-
-# How long an environment is idle before an invocation that it was not started for, in seconds.
-PAUSE = 0.1
+# The rows of the table. The first four come with their lowest and highest value.
+INIT_TWO_CPUS = "init with two CPUs, ms"
+INIT_ONE_CPU = "init with one CPU, ms"
+INIT_BOTO3 = f"init with two CPUs, a function that takes {SLOW_START_MS} ms to start, and boto3, ms"
+FIRST = "billed duration of the first invocation, ms"
+ADDED = "added to the billed duration of a warm invocation, ms"
+CPU = "CPU time per event, µs"
+RSS = "memory (RSS), MiB"
+CONNECTIONS = "TCP connections for {:,} events"
+WITH_RANGE = (INIT_TWO_CPUS, INIT_ONE_CPU, INIT_BOTO3, FIRST)
 
 
-def measure_start(environment, how):
-    """Starts an environment and invokes the function twice; returns milliseconds by name."""
-    environment.cpu.set(CORES_IN_INIT[how])
-    init = environment.init()
-    environment.cpu.set(CORES)
-    if how == PROVISIONED:
-        time.sleep(PAUSE)
-    first_answer, first_charge = environment.invoke()
-    time.sleep(PAUSE)
-    second_answer, second_charge = environment.invoke()
-    return {
-        "init": init,
-        "first answer": first_answer,
-        "first charge": first_charge,
-        "second answer": second_answer,
-        "second charge": second_charge,
-        "init and first answer": init + first_answer,
-    }
+def measure_round(opts, task, invocations):
+    """Measures everything once; returns {name: {row: value}}."""
+    figures = {name: {} for name in opts}
+    for name, opt in opts.items():
+        with Environment(opt, task, cpus=2, start_ms=0) as environment:
+            figures[name][INIT_TWO_CPUS] = environment.init()
+            figures[name][FIRST] = environment.invoke()
+        with Environment(opt, task, cpus=1, start_ms=0) as environment:
+            figures[name][INIT_ONE_CPU] = environment.init()
+        with_boto3 = opt.with_name(f"{opt.name}-boto3")
+        if with_boto3.exists():
+            with Environment(with_boto3, task, cpus=2, start_ms=SLOW_START_MS) as environment:
+                figures[name][INIT_BOTO3] = environment.init()
+        with Environment(opt, task, cpus=2, start_ms=0) as environment:
+            figures[name] |= measure_warm(environment, invocations)
+    without = figures[NONE].pop(ADDED)
+    for name in opts:
+        if name != NONE:
+            figures[name][ADDED] -= without
+    return figures
 
 
 def measure_warm(environment, invocations):
-    """Invokes a function often, with the cores of an unlimited init; returns figures by name."""
-    environment.cpu.set(CORES_IN_INIT[ON_DEMAND])
+    """Invokes a function often; returns {row: value}, the whole billed duration as ADDED."""
     environment.init()
     for _ in range(50):
         environment.invoke()
     process = environment.processes.get("the extension")
     cpu_before = process and cpu_microseconds(process.pid)
-    answers, charges = zip(*[environment.invoke() for _ in range(invocations)], strict=True)
-    figures = {
-        "warm answer, ms": statistics.median(answers),
-        WARM_CHARGE: statistics.median(charges),
-    }
+    figures = {ADDED: statistics.median(environment.invoke() for _ in range(invocations))}
     if process:
-        cpu = cpu_microseconds(process.pid) - cpu_before
-        figures["CPU per event, µs"] = cpu / invocations
-        figures["RSS, MiB"] = resident_mebibytes(process.pid)
+        figures[CPU] = (cpu_microseconds(process.pid) - cpu_before) / invocations
+        figures[RSS] = resident_mebibytes(process.pid)
     return figures
 
 
@@ -101,62 +82,77 @@ def resident_mebibytes(pid):
     return int(kibibytes) / 1024
 
 
-def install(folder, sources):
-    """Makes what environments run: returns {extension: folder for /opt} and the task folder."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
-    task = folder / "task"
-    packages = folder / "packages"
-    for lock_file, target in (
-        (ROOT / "requirements.txt", task),
-        (ROOT / NAME / "requirements.txt", packages),
-    ):
-        subprocess.run([*pip, "--requirement", lock_file, "--target", target], check=True)
+def pip_install(target, *what):
+    """Installs packages into a folder."""
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--upgrade", "--target", target]
+    subprocess.run([*pip, *what], check=True)
+
+
+def install(folder, others):
+    """Installs what environments run: returns {name: folder for /opt} and the task folder."""
+    task, packages = folder / "task", folder / "packages"
+    pip_install(task, "--require-hashes", "--requirement", ROOT / "requirements.txt")
+    pip_install(packages, "--require-hashes", "--requirement", ROOT / NAME / "requirements.txt")
     shutil.copy(ROOT / "benchmark" / "function.py", task / "lambda_function.py")
 
-    opts = {}
-    for number, (name, source) in enumerate(sources.items()):
-        opts[name] = opt = folder / str(number)
-        if source is None:
-            (opt / "extensions").mkdir(parents=True)
-        elif source.is_dir():
-            shutil.copytree(source, opt)
-        else:
-            shutil.copytree(packages, opt / NAME)
-            shutil.copytree(ROOT / NAME, opt / NAME, dirs_exist_ok=True)
-            shutil.copy(source, opt / NAME / "main.py")
-            shutil.copytree(ROOT / "extensions", opt / "extensions")
+    opts = {NONE: folder / "none"}
+    (opts[NONE] / "extensions").mkdir(parents=True)
+    (opts[NONE].with_name("none-boto3") / "extensions").mkdir(parents=True)
+    for number, other in enumerate(others):
+        (extension,) = other.glob("extensions/*")
+        opts[f"AWS's {extension.name}"] = shutil.copytree(other, folder / str(number))
+    for name, files in (
+        ("this extension", list((ROOT / NAME).glob("*.py"))),
+        ("http.client alone", [ROOT / "benchmark" / "http_client.py"]),
+    ):
+        opts[name] = opt = folder / name
+        shutil.copytree(packages, opt / NAME)
+        shutil.copytree(ROOT / "extensions", opt / "extensions")
+        for file in files:
+            shutil.copy(file, opt / NAME)
+    (opts["http.client alone"] / NAME / "http_client.py").rename(
+        opts["http.client alone"] / NAME / "main.py"
+    )
+    for opt in opts.values():
+        add_variant_with_boto3(opt)
     # The image has bytecode, too.
     subprocess.run([sys.executable, "-m", "compileall", "-q", folder], check=True)
     return opts, task
 
 
-def table(results, reference):
-    """Returns results, {extension: {figure: [value]}}, as a table in Markdown.
+def add_variant_with_boto3(opt):
+    """Copies an extension in Python, and lets its code import boto3 as well."""
+    for code in [*opt.glob("*/extension.py"), *opt.glob("*/main.py")][:1]:
+        variant = Path(shutil.copytree(opt, opt.with_name(f"{opt.name}-boto3")))
+        pip_install(variant / code.parent.name, "boto3")
+        with_import = variant / code.relative_to(opt)
+        first_line, rest = code.read_text().split("\n", 1)  # a comment, or #!
+        with_import.write_text(f"{first_line}\nimport boto3\n{rest}")
 
-    A cell is median [lowest–highest] ×ratio to the reference.
-    """
-    lines = [f"| | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
-    for figure, reference_values in results[reference].items():
-        cells = [figure]
-        for name, figures in results.items():
-            cell = "–"
-            if figure in figures:
-                values = figures[figure]
-                cell = shown(statistics.median(values))
-                if len(values) > 1:
-                    cell += f" [{shown(min(values))}–{shown(max(values))}]"
-                if name not in (NONE, reference):
-                    ratio = statistics.median(values) / statistics.median(reference_values)
-                    cell += f" ×{ratio:.2f}"
-            cells.append(cell)
+
+def table(rounds, connections, events):
+    """Returns what the rounds have measured as a table in Markdown."""
+    names = list(connections)
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in INIT_TWO_CPUS, INIT_ONE_CPU, INIT_BOTO3, FIRST, ADDED, CPU, RSS:
+        cells = [row]
+        for name in names:
+            values = [figures[name][row] for figures in rounds if row in figures[name]]
+            cells.append(shown(values, row in WITH_RANGE) if values else "–")
         lines.append(f"| {' | '.join(cells)} |")
+    counts = [f"{count:,}" if count else "–" for count in connections.values()]
+    lines.append(f"| {' | '.join([CONNECTIONS.format(events), *counts])} |")
     return "\n".join(lines)
 
 
-def shown(value):
-    """Returns a number as text, with as many digits as mean something."""
-    is_exact = isinstance(value, int)
-    return f"{value:,.0f}" if is_exact or abs(value) >= 10 else f"{value:.2f}"
+def shown(values, with_range):
+    """Returns the median of values as text, and perhaps the lowest and highest in brackets."""
+    median = max(0, statistics.median(values))  # a difference can be less than the noise
+    digits = 0 if median >= 10 else 2
+    text = f"{median:,.{digits}f}"
+    if with_range:
+        text += f" ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
+    return text
 
 
 def opt_folder(text):
@@ -170,83 +166,37 @@ def opt_folder(text):
     return folder
 
 
-def parse_arguments():
-    """Returns the options of the command line."""
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--aws",
-        nargs="+",
+        "others",
+        nargs="*",
         type=opt_folder,
-        default=[],
         metavar="FOLDER",
-        help="other extensions, such as AWS's samples: for each a folder as /opt is to have it,"
-        " ready to run; ratios are to the first of them (default: to unpooled.py)",
+        help="other extensions, such as AWS's samples: for each a folder as /opt is to have it",
     )
-    for option, default, meaning in (
-        ("--rounds", 9, "rounds, each of which measures everything once"),
-        ("--invocations", 1000, "invocations of a warm function, in a round"),
-        ("--events", 1000, "events for which TCP connections are counted"),
-    ):
-        help_text = f"{meaning} (default: {default})"
-        parser.add_argument(option, type=int, default=default, help=help_text)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--invocations", type=int, default=1000, help="in each round")
+    parser.add_argument("--events", type=int, default=1000, help="to count TCP connections")
     options = parser.parse_args()
-    if sys.platform != "linux" or os.geteuid() != 0:
-        parser.error("it needs Linux, and root for mounts and CPU limits")
-    return options
-
-
-def main():
-    options = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is cleaned up
-
-    sources: dict[str, Path | None] = {NONE: None}
-    for opt in options.aws:
-        (extension,) = opt.glob("extensions/*")
-        sources[f"AWS's {extension.name}"] = opt
-    if not options.aws:
-        sources["unpooled.py"] = ROOT / "benchmark" / "unpooled.py"
-    _, reference, *_ = sources
-    sources["this extension"] = ROOT / NAME / "main.py"
-    sources["http_client.py"] = ROOT / "benchmark" / "http_client.py"
+    if sys.platform != "linux" or os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2:
+        parser.error("it needs Linux with two CPUs, and root")
+    if "BENCHMARK_HAS_A_NAMESPACE" not in os.environ:
+        os.environ["BENCHMARK_HAS_A_NAMESPACE"] = "yes"
+        os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv])
 
     with tempfile.TemporaryDirectory() as folder:
-        opts, task = install(Path(folder), sources)
-        results = measure_rounds(opts, task, options)
-
-    print(f"Median of {options.rounds} rounds [lowest–highest] ×ratio to {reference}.")
-    for title, figures in results.items():
-        print(f"\n## {title}\n\n{table(figures, reference)}")
-
-
-def measure_rounds(opts, task, options):
-    """Measures everything, round by round; returns {title: {extension: {figure: [value]}}}."""
-    results = {title: {name: {} for name in opts} for title in (*CORES_IN_INIT, "Warm")}
-
-    def add(title, name, figure, value):
-        results[title][name].setdefault(figure, []).append(value)
-
-    for number in range(options.rounds):
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-        for how, (function, settings) in itertools.product(CORES_IN_INIT, FUNCTIONS.items()):
-            for name, opt in opts.items():
-                with Environment(opt, task, settings) as environment:
-                    figures = measure_start(environment, how)
-                for figure, value in figures.items():
-                    add(how, name, f"{function}: {figure}, ms", value)
+        opts, task = install(Path(folder), options.others)
+        rounds = []
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+            rounds.append(measure_round(opts, task, options.invocations))
+        connections = dict.fromkeys(opts, 0)
         for name, opt in opts.items():
-            with Environment(opt, task, {}) as environment:
-                figures = measure_warm(environment, options.invocations)
-            for figure, value in figures.items():
-                add("Warm", name, figure, value)
             if name != NONE:
-                without = results["Warm"][NONE][WARM_CHARGE][-1]
-                add("Warm", name, f"added to a {WARM_CHARGE}", figures[WARM_CHARGE] - without)
-    for name, opt in opts.items():
-        if name != NONE:
-            with Environment(opt, task, {}) as environment:
-                connections = environment.count_connections(options.events)
-            add("Warm", name, f"TCP connections for {options.events:,} events", connections)
-    return results
+                with Environment(opt, task, cpus=2, start_ms=0) as environment:
+                    connections[name] = environment.count_connections(options.events)
+    print(table(rounds, connections, options.events))
 
 
 if __name__ == "__main__":

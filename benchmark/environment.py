@@ -1,8 +1,8 @@
-"""A Lambda execution environment that starts, answers and charges as Lambda does.
+"""Simulates a Lambda execution environment: how it starts, invokes, and measures what is billed.
 
-It plays Lambda's APIs on loopback. The extension is started first and, when it has registered, the
-function's runtime. Init ends when both ask for an event. An invocation goes to both at once. Its
-caller has the answer when the function responds, and it is charged until both ask again.
+It serves Lambda's APIs on loopback. The extension is started first and, when it has registered, the
+function's runtime. Init ends when both have requested an event. An invocation goes to both at once,
+and is billed until both have requested the next event.
 """
 
 import contextlib
@@ -15,22 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import fake_lambda
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 
-# What the extension and the runtime do, as they tell Lambda by a request.
+import fake_lambda  # noqa: E402
+
+# What the extension and the runtime do, as their requests tell.
 REGISTERS = "the extension registers"
-EXTENSION_ASKS = "the extension asks for an event"
-RUNTIME_ASKS = "the runtime asks for an invocation"
-RESPONDS = "the function responds"
+EXTENSION_IS_FREE = "the extension requests an event"
+RUNTIME_IS_FREE = "the runtime requests an invocation"
 
 SECONDS = 60  # in which each of these must happen
 
-# A shell's code: shows the folder $0 as /opt, and becomes a command.
-SHOW_OPT = 'mount --bind "$0" /opt && exec "$@"'
-
-# The invocation of which the runtime is told; its ID is in the path of the response.
 REQUEST_ID = "8476a536-e9f4-11e8-9739-2dfe598c3fcd"
 FUNCTION_ARN = "arn:aws:lambda:eu-central-1:123456789012:function:function"
 INVOKE = fake_lambda.answer(
@@ -51,145 +47,91 @@ INVOCATION = fake_lambda.answer(
 
 
 class Lambda(fake_lambda.FakeLambda):
-    """Lambda for one extension and one runtime, which it tells nothing until it is asked to."""
+    """Lambda's APIs for one extension and one runtime."""
 
     def __init__(self):
         self.events = queue.SimpleQueue()  # for the extension, each once
         self.invocations = queue.SimpleQueue()  # for the runtime, each once
-        self.happened = queue.SimpleQueue()  # (what, when), when in seconds of time.perf_counter()
+        self.happened = queue.SimpleQueue()  # (what, when), when by time.perf_counter()
         super().__init__(
-            events=[self._tells(EXTENSION_ASKS, self.events.get)],
-            register=[self._tells(REGISTERS, lambda: fake_lambda.REGISTERED)],
+            events=[self._note_and_answer(EXTENSION_IS_FREE, self.events.get)],
+            register=[self._note_and_answer(REGISTERS, lambda: fake_lambda.REGISTERED)],
         )
-        self.answers |= {
-            "/runtime/invocation/next": [self._tells(RUNTIME_ASKS, self.invocations.get)],
-            f"/invocation/{REQUEST_ID}/response": [
-                self._tells(RESPONDS, lambda: fake_lambda.ACCEPTED)
-            ],
-            "": [fake_lambda.ACCEPTED],  # an extension must do without whatever else it asks for
-        }
+        self.answers["/runtime/invocation/next"] = [
+            self._note_and_answer(RUNTIME_IS_FREE, self.invocations.get)
+        ]
+        self.answers[""] = [fake_lambda.ACCEPTED]  # responses of the function, and anything else
 
-    def _tells(self, what, get_answer):
-        """An answer that says what has happened, and waits where Lambda would."""
-
-        def tell(connection):
+    def _note_and_answer(self, what, get_answer):
+        def note_and_answer(connection):
             self.happened.put((what, time.perf_counter()))
             connection.sendall(get_answer())
 
-        return tell
-
-
-class CpuLimit:
-    """A cgroup for processes that together get part of a core, or several."""
-
-    # In microseconds. A task that needs more than its share of a period waits for the next one, so
-    # with a long period its time depends much on when it begins. With a much shorter one processes
-    # wait for each other, because Linux hands the share out in slices of 5,000.
-    PERIOD = 50_000
-
-    def __init__(self, name):
-        root = Path("/sys/fs/cgroup")
-        self._is_version_1 = (root / "cpu").is_dir()
-        self._folder = (root / "cpu" if self._is_version_1 else root) / name
-        self._folder.mkdir()
-        self.members = self._folder / "cgroup.procs"
-
-    def set(self, cores):
-        """Limits the processes to so many cores from now on. Before, they may use all."""
-        quota = round(cores * self.PERIOD)
-        if self._is_version_1:
-            (self._folder / "cpu.cfs_period_us").write_text(str(self.PERIOD))
-            (self._folder / "cpu.cfs_quota_us").write_text(str(quota))
-        else:
-            (self._folder / "cpu.max").write_text(f"{quota} {self.PERIOD}")
-
-    def kill(self):
-        """Kills all processes, and removes the cgroup."""
-        while pids := self.members.read_text().split():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            time.sleep(0.01)
-        self._folder.rmdir()
-
-
-def is_running(pid, program):
-    """Whether a process has become this program."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text() == f"{program}\n"
+        return note_and_answer
 
 
 class Environment(contextlib.ExitStack):
     """An execution environment; a context manager. Raises SystemExit if what runs in it fails.
 
-    opt is a folder that holds what /opt is to hold, task what /var/task would hold. The function's
-    settings are environment variables, {name: value}.
+    opt and task are folders that hold what /opt and /var/task are to hold. Whoever creates it needs
+    a mount namespace of its own. cpus is how many CPUs the environment has, start_ms how much CPU
+    time function.py takes to start.
     """
 
-    def __init__(self, opt, task, settings):
+    def __init__(self, opt, task, cpus, start_ms):
         super().__init__()
-        self._extensions = sorted((opt / "extensions").iterdir())
+        subprocess.run(["mount", "--bind", opt, "/opt"], check=True)
+        self.callback(subprocess.run, ["umount", "/opt"], check=True)
+        self._extensions = sorted(Path("/opt/extensions").iterdir())
+        self._bind_to_cpus = ["taskset", "--cpu-list", f"0-{cpus - 1}"]
         self.apis = self.enter_context(Lambda())
-        self.cpu = CpuLimit(f"benchmark-{os.getpid()}")
-        self.callback(self.cpu.kill)
-        self.processes = {}  # by name; when one has ended, so has the measurement
         self._log = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        # This Python comes first, itself, not as a shim such as pyenv's.
-        path = f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}"
+        self.processes = {}  # by name
         self._variables = {
-            "PATH": path,
+            # This Python comes first, itself, not as a shim such as pyenv's.
+            "PATH": f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}",
             "AWS_LAMBDA_RUNTIME_API": self.apis.address,
             "LAMBDA_TASK_ROOT": str(task),
-            **settings,
+            "START_MS": str(start_ms),
         }
-        self._namespace = self._make_namespace(opt)
-
-    def _make_namespace(self, opt):
-        """Returns the path of a mount namespace in which /opt holds what the folder holds."""
-        keeper = self.enter_context(
-            subprocess.Popen(["unshare", "--mount", "sh", "-c", SHOW_OPT, opt, "sleep", "infinity"])
-        )
-        self.callback(keeper.kill)
-        while not is_running(keeper.pid, "sleep"):
-            if keeper.poll() is not None:
-                raise SystemExit(f"{opt} cannot be mounted on /opt; see above")
-            time.sleep(0.005)
-        return f"/proc/{keeper.pid}/ns/mnt"
 
     def _start(self, name, *command):
-        into_cgroup = ["sh", "-c", 'echo $$ >"$0" && exec "$@"', self.cpu.members]
-        self.processes[name] = subprocess.Popen(
-            ["nsenter", f"--mount={self._namespace}", *into_cgroup, *command],
+        process = subprocess.Popen(
+            [*self._bind_to_cpus, *command],
             env=self._variables,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             cwd="/",
+            start_new_session=True,
         )
+        self.processes[name] = process
+        self.callback(self._kill, process)
+
+    def _kill(self, process):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def _start_extension(self):
         for extension in self._extensions:
-            self._start("the extension", f"/opt/extensions/{extension.name}")
+            self._start("the extension", extension)
 
     def wait_until(self, *expected):
-        """Waits until these things have happened; returns when each did, {what: when}."""
+        """Waits until these things have happened; returns when the last one did."""
         times = {}
         end = time.monotonic() + SECONDS
         while missing := [what for what in expected if what not in times]:
-            times |= self._what_happens_next()
+            with contextlib.suppress(queue.Empty):
+                what, when = self.apis.happened.get(timeout=0.5)
+                times[what] = when
+                continue
+            for name, process in self.processes.items():
+                if process.poll() is not None:
+                    self._fail(f"{name} exited with status {process.returncode}")
             if time.monotonic() > end:
                 self._fail(f"after {SECONDS} seconds, it still waits until {missing[0]}")
-        return times
-
-    def _what_happens_next(self):
-        """Returns {what: when}; after a while without anything, checks that all still runs."""
-        with contextlib.suppress(queue.Empty):
-            what, when = self.apis.happened.get(timeout=0.5)
-            return {what: when}
-        for name, process in self.processes.items():
-            if process.poll() is not None:
-                self._fail(f"{name} ended with status {process.returncode}, instead of waiting")
-        return {}
+        return max(times.values())
 
     def _fail(self, reason):
         self._log.seek(0)
@@ -197,30 +139,25 @@ class Environment(contextlib.ExitStack):
         raise SystemExit(f"{output}\nThe measurement failed: {reason}. The output is above.")
 
     def init(self):
-        """Starts everything; returns how many milliseconds the init phase takes."""
+        """Starts everything; returns how many milliseconds init takes."""
         start = time.perf_counter()
-        expected = [RUNTIME_ASKS]
+        expected = [RUNTIME_IS_FREE]
         if self._extensions:
             self._start_extension()
             self.wait_until(REGISTERS)
-            expected.append(EXTENSION_ASKS)
-        entrypoint = ROOT / "lambda-entrypoint.sh"
-        self._start("the runtime", entrypoint, "lambda_function.lambda_handler")
-        times = self.wait_until(*expected)
-        return (max(times.values()) - start) * 1e3
+            expected.append(EXTENSION_IS_FREE)
+        self._start("the runtime", ROOT / "lambda-entrypoint.sh", "lambda_function.lambda_handler")
+        return (self.wait_until(*expected) - start) * 1e3
 
     def invoke(self):
-        """Invokes the function; returns the milliseconds until its answer is there, and the
-        milliseconds that are charged.
-        """
+        """Invokes the function; returns how many milliseconds are billed."""
         start = time.perf_counter()
-        expected = [RESPONDS, RUNTIME_ASKS]
+        expected = [RUNTIME_IS_FREE]
         if self._extensions:
             self.apis.events.put(INVOKE)
-            expected.append(EXTENSION_ASKS)
+            expected.append(EXTENSION_IS_FREE)
         self.apis.invocations.put(INVOCATION)
-        times = self.wait_until(*expected)
-        return (times[RESPONDS] - start) * 1e3, (max(times.values()) - start) * 1e3
+        return (self.wait_until(*expected) - start) * 1e3
 
     def count_connections(self, events):
         """Runs the extension alone, for so many events; returns its number of TCP connections."""
@@ -230,5 +167,5 @@ class Environment(contextlib.ExitStack):
         self._start_extension()
         status = self.processes["the extension"].wait()
         if status != 0:
-            self._fail(f"the extension ended with status {status}")
+            self._fail(f"the extension exited with status {status}")
         return self.apis.connections
