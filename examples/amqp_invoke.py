@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT-0
-"""Invokes a Lambda function through RabbitMQ.
+"""Invokes a Lambda function through RabbitMQ, where the Lambda Runtime API Daemon serves it.
 
-The Lambda Runtime API Daemon must serve a queue there that has the function's name.
+AMQP_URI names the broker: amqp://user:password@host:port (default: amqp://localhost).
 """
 
 # /// script
@@ -12,102 +12,65 @@ The Lambda Runtime API Daemon must serve a queue there that has the function's n
 import argparse
 import os
 import sys
-import threading
-import time
 import uuid
 
 import pika
-import pika.exceptions
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
+from pika.exceptions import AMQPError, UnroutableError
 
 
-def invoke(channel, function: str, event: bytes, seconds: float = 30) -> bytes:
-    """Publishes the event (JSON, as bytes) to the function's queue and returns its answer (bytes).
+def invoke(channel: BlockingChannel, function: str, event: bytes, seconds: float = 30) -> bytes:
+    """Sends the event (JSON) to the queue that has the function's name; returns the response.
 
-    channel is an open pika channel with delivery confirmation. Raises
-    pika.exceptions.UnroutableError if the function has no queue, which means that nothing serves
-    it, and TimeoutError if there is no answer within that many seconds.
+    The channel must have delivery confirmation. Raises UnroutableError if there is no such queue,
+    so nothing serves the function, and TimeoutError after that many seconds without a response.
     """
-    answers = channel.queue_declare(queue="", exclusive=True).method.queue
-    correlation_id = str(uuid.uuid4())
+    # Each invocation has a reply queue of its own, so what arrives there is its response.
+    replies = channel.queue_declare("", exclusive=True).method.queue
     properties = pika.BasicProperties(
-        content_type="application/json",
-        correlation_id=correlation_id,
-        reply_to=answers,
-        expiration=str(int(seconds * 1000)),  # drop requests whose caller has given up
+        correlation_id=str(uuid.uuid4()),  # becomes the request ID
+        reply_to=replies,
+        expiration=str(int(seconds * 1000)),  # later, nobody waits for the response any more
     )
-    channel.basic_publish(
-        exchange="", routing_key=function, body=event, properties=properties, mandatory=True
-    )
-    deadline = time.monotonic() + seconds
     try:
-        while (left := deadline - time.monotonic()) > 0:
-            consumed = channel.consume(answers, auto_ack=True, inactivity_timeout=left)
-            _, properties, answer = next(consumed)  # None, None, None when the time is up
-            if answer is not None and properties.correlation_id == correlation_id:
-                return answer
+        channel.basic_publish("", function, event, properties, mandatory=True)
+        _, _, response = next(channel.consume(replies, auto_ack=True, inactivity_timeout=seconds))
     finally:
         if channel.is_open:
             channel.cancel()
-            channel.queue_delete(answers)
-    raise TimeoutError(f"no answer from {function} within {seconds} s")
-
-
-def exit_after(seconds: float, message: str) -> None:
-    """Ends this program with the message unless it has ended within that many seconds.
-
-    This holds whatever the program waits for: a name server, the broker, or the answer.
-    """
-
-    def give_up():
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
+            channel.queue_delete(replies)
+    if response is None:
+        raise TimeoutError(f"no response from {function} within {seconds:g} s")
+    return response
 
 
 def main() -> None:
-    """Invokes the function that the command line names, and prints its answer."""
-    broker = "amqp://user:password@host:port (default: amqp://localhost)"
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"AMQP_URI names the broker, {broker}."
-    )
+    """Invokes the function that the command line names, and prints its response."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("function")
     parser.add_argument("event", nargs="?", default="{}", help="JSON (default: {})")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=30,
-        metavar="SECONDS",
-        help="limit for everything, from the connection to the answer (default: 30)",
-    )
+    parser.add_argument("--timeout", type=float, default=30, help="seconds to wait (default: 30)")
     options = parser.parse_intermixed_args()
-    if not 0 < options.timeout <= threading.TIMEOUT_MAX:
-        parser.error("--timeout takes more than 0 seconds, and not centuries")
-    uri = os.environ.get("AMQP_URI", "amqp://localhost")
     try:
-        uri.index("://")  # without a scheme pika takes it for something else
-        parameters = pika.URLParameters(uri)
-    except ValueError:
-        sys.exit("AMQP_URI takes amqp://user:password@host:port")
-    # The URI may be the one of the Daemon, and tell it to try for months.
-    parameters.connection_attempts = 1
-    broker = f"{parameters.host}:{parameters.port}"
-    exit_after(options.timeout, f"no answer from {options.function} within {options.timeout} s")
+        broker = pika.URLParameters(os.environ.get("AMQP_URI", "amqp://localhost"))
+    except (ValueError, IndexError):  # whose text can contain a part of the password
+        sys.exit("AMQP_URI must have the form amqp://user:password@host:port")
+    broker.connection_attempts = 1  # the URI may be the Daemon's, which allows a million
+    broker.heartbeat = 10  # notices a broker that has vanished
+    broker.stack_timeout = broker.blocked_connection_timeout = options.timeout
     try:
-        with pika.BlockingConnection(parameters) as connection:
+        with pika.BlockingConnection(broker) as connection:
             channel = connection.channel()
             channel.confirm_delivery()
-            event = options.event.encode()
-            answer = invoke(channel, options.function, event, options.timeout)
-            sys.stdout.buffer.write(answer + b"\n")
-    except pika.exceptions.UnroutableError:
-        sys.exit(f"nothing serves the function {options.function}: it has no queue at {broker}")
+            response = invoke(channel, options.function, options.event.encode(), options.timeout)
+    except UnroutableError:
+        sys.exit(f"nothing serves {options.function}: {broker.host} has no queue of that name")
     except TimeoutError as error:
         sys.exit(str(error))
-    except (pika.exceptions.AMQPError, OSError) as error:
-        sys.exit(f"no RabbitMQ at {broker}, or access denied: {error!r}")
+    except (AMQPError, AMQPConnectorException, OSError) as error:
+        sys.exit(f"no RabbitMQ at {broker.host}:{broker.port}, or access denied: {error!r}")
+    sys.stdout.buffer.write(response + b"\n")
 
 
 if __name__ == "__main__":

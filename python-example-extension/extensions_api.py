@@ -38,18 +38,19 @@ class ExtensionsApi:
     next_event() and request() raise ExtensionsApiError when they fail.
 
     There are two HTTP clients. Lambda starts the function's runtime once the extension has
-    registered, and importing requests takes longer than all before that. So the standard library's
-    http.client registers, requests is imported meanwhile, and one session requests every event.
+    registered, and importing requests takes longer than everything before it. So the standard
+    library's http.client registers. Then requests is imported, and one session requests every
+    event.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self._address = os.environ.get("AWS_LAMBDA_RUNTIME_API", "")
         self._name = name
         self._identifier = ""  # set by register()
         self._error_path = ""  # none before the registration
 
-    def register(self):
-        """Registers for INVOKE and SHUTDOWN events; returns the extension's identifier (str).
+    def register(self) -> str:
+        """Registers for INVOKE and SHUTDOWN events; returns the extension's identifier.
 
         See "Register" in the API's documentation.
         """
@@ -66,7 +67,7 @@ class ExtensionsApi:
         self._error_path = INIT_ERROR_PATH
         return self._identifier
 
-    def open_session(self):
+    def open_session(self) -> None:
         """Imports requests, and opens the session that next_event() uses."""
         import requests  # not at the top of the file: see the class
 
@@ -83,7 +84,7 @@ class ExtensionsApi:
         request = requests.Request("GET", url, headers=headers)
         self._next_request = self._session.prepare_request(request)
 
-    def next_event(self):
+    def next_event(self) -> dict:
         """Waits for the next event and returns it, a dict with an eventType (str).
 
         There is no time limit, because Lambda freezes the environment between invocations. See
@@ -97,19 +98,20 @@ class ExtensionsApi:
             event["eventType"]  # fails if this is not an event
             return event
 
-    def request(self, method, path, body, headers=None):
-        """Sends body as JSON; returns an http.client.HTTPResponse, whose content has been read.
+    def request(
+        self, method: str, path: str, body: object, headers: dict[str, str] | None = None
+    ) -> http.client.HTTPResponse:
+        """Sends body as JSON; returns a response whose content has been read.
 
         Lambda's other APIs for extensions, such as the Telemetry API, are at the same address.
         """
         headers = {IDENTIFIER_HEADER: self._identifier, **(headers or {})}
         return self._send(method, path, body, headers)
 
-    def report_error(self, name, message, stack_trace):
-        """Reports an exception to Lambda, if the extension has registered. Never raises.
+    def report_error(self, name: str, message: str, stack_trace: list[str]) -> None:
+        """Reports an exception of that name to Lambda, if the extension has registered.
 
-        It takes the exception's name and message (str), and its stack trace (a list of str). See
-        "Init error" and "Exit error" in the API's documentation.
+        It never raises. See "Init error" and "Exit error" in the API's documentation.
         """
         if not self._error_path:
             return
@@ -131,7 +133,7 @@ class ExtensionsApi:
                 return response
 
 
-def runs_on_managed_instances():
+def runs_on_managed_instances() -> bool:
     """Returns whether this is a Managed Instance, which handles many invocations at once.
 
     https://docs.aws.amazon.com/lambda/latest/dg/lambda-managed-instances.html

@@ -173,9 +173,10 @@ def main() -> None:
     os.execvpe(command[0], command, environment)
 
 
-try:
-    main()
-except KeyboardInterrupt:
-    sys.exit(130)
-except (OSError, subprocess.SubprocessError) as error:
-    sys.exit(f"{NAME}: cannot run here: {error}")
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, subprocess.SubprocessError) as error:
+        sys.exit(f"{NAME}: cannot run here: {error}")
