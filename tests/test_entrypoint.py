@@ -72,9 +72,7 @@ def entrypoint(tmp_path):
         ),
     ],
 )
-def test_starts_the_emulator_except_on_lambda_then_a_wrapper_then_the_runtime(
-    entrypoint, arguments, environment, started
-):
+def test_starts_emulator_wrapper_and_runtime_as_needed(entrypoint, arguments, environment, started):
     assert entrypoint(arguments, environment).stdout.splitlines() == started
 
 
@@ -86,7 +84,7 @@ def test_starts_the_emulator_except_on_lambda_then_a_wrapper_then_the_runtime(
         pytest.param([HANDLER, "more"], id="two arguments"),
     ],
 )
-def test_without_exactly_one_handler_it_says_why_and_exits_142(entrypoint, arguments):
+def test_without_one_handler_it_explains_and_exits_with_142(entrypoint, arguments):
     """AWS's base images exit with this status, too."""
     ran = entrypoint(arguments, {"_HANDLER": ""})
     assert (ran.returncode, ran.stdout) == (142, "")

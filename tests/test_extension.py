@@ -6,7 +6,15 @@ import subprocess
 
 import pytest
 from extension_process import PYTHON, run_to_end, started, variant
-from fake_lambda import IDENTIFIER, REGISTERED, SHUTDOWN, FakeLambda, invoke_event
+from fake_lambda import (
+    IDENTIFIER,
+    REGISTERED,
+    SHUTDOWN,
+    FakeLambda,
+    ScriptedServer,
+    answer,
+    invoke_event,
+)
 from machine import ROOT, path_with, run, wait_until
 from pages import PAGES, code_blocks
 from sample import NAME, RECEIVED
@@ -191,3 +199,27 @@ def test_launcher_withholds_the_functions_variables(tmp_path):
     ran = run(ROOT / "extensions" / NAME, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert re.findall(r"(?m)^(\w+)=set$", ran.stdout) == ["AWS_LAMBDA_FUNCTION_NAME"]
+
+
+def test_secrets_example_fetches_again_when_the_secret_is_old(extension, tmp_path):
+    """A failure leaves the old secret. Only the owner can read the file."""
+    secret = tmp_path / "secret"
+    settings = f"\nSECRET_FILE = {str(secret)!r}\nMAX_AGE_SECONDS = 0\n"
+    code = (ROOT / "examples" / "secrets" / "extension.py").read_text() + settings
+    main = variant(extension, tmp_path, {"extension.py": code})
+    read = []
+
+    def event(connection):
+        read.append(secret.read_text())
+        connection.sendall(invoke_event())
+
+    responses = [answer(body=b"one"), answer(body=b"two"), answer(500), answer(body=b"three")]
+    with (
+        ScriptedServer({"": responses}) as store,
+        FakeLambda([event, event, event, event, SHUTDOWN]) as api,
+    ):
+        status, stdout, _ = run_to_end(main, api, SECRET_URL=f"http://{store.address}/")
+    assert status == 0
+    assert read == ["one", "two", "two", "three"]
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert stdout.count("The secret stays as it is: HTTPError\n") == 1

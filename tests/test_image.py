@@ -1,36 +1,23 @@
-"""The image and the layer: what they contain, how they build and run."""
+"""The image: what it contains, how it builds and runs, and the stage for another image."""
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
-import stat
 import uuid
-import zipfile
 from pathlib import Path
 
 import pytest
 from engine import BASE_IMAGES, build
 from fake_lambda import ScriptedServer, answer
-from machine import (
-    TOOLS,
-    free_port,
-    path_with,
-    post,
-    run,
-    skip_except_on_ci,
-    tool,
-    wait_until,
-)
+from machine import free_port, path_with, post, run, skip_except_on_ci, wait_until
 from pages import PAGES, code_blocks
-from sample import HELLO, NAME, RECEIVED, copy_sample, remove_hashes, rename, replace
+from sample import HELLO, NAME, RECEIVED, remove_hashes, replace
 
 ARM64_BASE_IMAGE = os.environ.get("ARM64_BASE_IMAGE", f"arm64v8/{BASE_IMAGES[0]}")
-STAGE, COPY = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
-RENAMED = "renamed-extension"
+PAGE = PAGES["docs/deploying.md"]
 
 
 def run_inside(image, script):
@@ -68,7 +55,7 @@ def assert_runs(image, *options, extension=NAME):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("engine")
-def test_it_builds_and_runs_on_arm64(sample):
+def test_builds_and_runs_on_arm64(sample):
     """This comes first in the file, because it takes longer than all other tests."""
     on_arm64 = "--platform", "linux/arm64"
     cpu = run("docker", "run", "--rm", *on_arm64, ARM64_BASE_IMAGE, "uname", "-m").stdout
@@ -102,7 +89,7 @@ def test_stray_and_hidden_files_stay_out(copy, base_image):
     assert sorted(files) == sorted(["/var/task/data/shown", f"./extensions/{NAME}", *code])
 
 
-def test_any_user_can_run_it_whatever_the_checkout_looks_like(copy, base_image):
+def test_any_user_can_run_an_image_from_any_checkout(copy, base_image):
     """Windows line ends, and files that nobody else may read, as under a strict umask."""
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
@@ -117,14 +104,14 @@ def test_any_user_can_run_it_whatever_the_checkout_looks_like(copy, base_image):
 
 
 @pytest.mark.parametrize("path", ["/var/task/bin", ""])
-def test_the_extension_starts_although_the_functions_path_lacks_python(image, path):
+def test_extension_starts_if_the_PATH_lacks_python(image, path):
     """Lambda starts it with the function's variables. Here it starts alone, and misses Lambda."""
     launcher = f"--entrypoint=/opt/extensions/{NAME}"
     ran = run("docker", "run", "--rm", f"--env=PATH={path}", launcher, image)
     assert "AWS_LAMBDA_RUNTIME_API is not set" in ran.stderr
 
 
-def test_the_extension_finds_the_python_of_awss_images(image, tmp_path):
+def test_finds_python_in_aws_base_images(image, tmp_path):
     """It is in /var/lang/bin. Here a stand-in is there, which says what it is to run."""
     path_with(tmp_path, {"python3": 'echo "$@"'})
     tmp_path.chmod(0o755)
@@ -134,25 +121,25 @@ def test_the_extension_finds_the_python_of_awss_images(image, tmp_path):
     assert ran.stdout.endswith(f"-u /opt/{NAME}/main.py\n")
 
 
-def test_it_trusts_certificate_authorities(image):
+def test_has_ca_certificates(image):
     count = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
     assert int(run_inside(image, f'python3 -c "{count}"')) > 100
 
 
-def test_it_adds_at_most_62_mb_to_its_base(base_image, image):
+def test_adds_at_most_62_mb_to_its_base_image(base_image, image):
     # Of the files, because what an engine calls the size of an image depends on how it stores it.
     du = "du -sx --apparent-size --block-size=1 /"
     size, base_size = (int(run_inside(each, du).split()[0]) for each in (image, base_image))
     assert size - base_size <= 62_000_000
 
 
-def test_dependencies_stay_separate_and_pip_stays_out(image):
+def test_dependencies_are_separate_and_pip_is_left_out(image):
     names = "-name requests -o -name awslambdaric -o -name pip -o -path '/var/lib/apt/lists/*'"
     found = run_inside(image, f"find / -xdev {names}").split()
     assert sorted(found) == [f"/opt/{NAME}/requests", "/var/task/awslambdaric"]
 
 
-def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
+def test_nothing_is_compiled_at_run_time(image):
     """python3 -v says of each module whether it was read from bytecode, or compiled."""
     touch = "find /opt /var/task -name '*.py' -exec touch {} +"
     extension = f"cd /opt/{NAME} && python3 -v -E -S -c 'import main, extension, requests'"
@@ -164,20 +151,59 @@ def test_nothing_is_compiled_at_run_time_whatever_the_file_times(image):
         assert not re.findall(r"(?m)^# code object from (?!'?/\S+\.pyc)\S+", trace)
 
 
+# An image laid out like AWS's own, public.ecr.aws/lambda/python, with a function and the emulator.
+AWS_LAYOUT = """
+ARG BASE_IMAGE
+FROM ${{BASE_IMAGE}}
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates python3-venv \\
+    && python3 -m venv --copies /var/lang && rm /usr/bin/python3*
+COPY --from={image} /var/task /var/task
+COPY --from={image} /lambda-entrypoint.sh /
+COPY --from={image} /usr/local/bin/aws-lambda-rie /usr/local/bin/
+ENV LAMBDA_TASK_ROOT=/var/task PATH=/var/lang/bin:/usr/local/bin:/usr/bin:/bin
+WORKDIR /var/task
+ENTRYPOINT ["/lambda-entrypoint.sh"]
+CMD ["lambda_function.lambda_handler"]
+"""
+
+
+@pytest.fixture(params=["any", "AWS's"])
+def documented_stage(request, tmp_path, base_image, image):
+    """The page's stage, for any base image or for AWS's, and the base image of the last stage."""
+    stage, _ = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
+    if request.param == "any":
+        return stage.replace("debian:bookworm", base_image), image
+    (tmp_path / "Dockerfile").write_text(AWS_LAYOUT.format(image=image))
+    aws_like = build(tmp_path, "aws-like", base_image)
+    (aws_line,) = re.findall(r"(?s)`(FROM public\S+ AS extension)` in place of the first two", PAGE)
+    first_two = "".join(stage.splitlines(keepends=True)[:2])
+    line = re.sub(r"public\S+", aws_like, aws_line)
+    return stage.replace(first_two, f"{line}\n"), aws_like
+
+
 @pytest.mark.slow
-def test_the_pages_stage_brings_the_extension_into_another_image(copy, base_image, image):
-    """docs/deploying.md shows the stage, and the line for the last one."""
+def test_documented_stage_works_in_another_image(copy, base_image, documented_stage):
+    """The checkout is from Windows, and has stray files that would fail init."""
+    stage, last = documented_stage
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
-    stage = STAGE.replace("debian:bookworm", base_image)
-    last = f"FROM {image}\nUSER root\nRUN rm -r /opt/*\n{COPY}USER 12345\n"
-    (copy / "Dockerfile").write_text(f"{stage}\n{last}")
+    launcher = copy / "extensions" / NAME
+    launcher.write_bytes(launcher.read_bytes().replace(b"\n", b"\r\n"))
+    strays = launcher.with_name(".DS_Store"), launcher.with_name(f"{NAME}~"), copy / NAME / ".env"
+    for stray in strays:
+        stray.write_text("text")
+    _, lines = code_blocks("docs/deploying.md", "Into your own image", "dockerfile")
+    user = f"USER root\nRUN rm -rf /opt/*\n{lines}\nUSER 12345\n"
+    (copy / "Dockerfile").write_text(f"{stage}\nFROM {last}\n{user}")
     (copy / ".dockerignore").unlink()
-    assert_runs(build(copy, "own", base_image))
+    image = build(copy, "own", base_image)
+    assert run_inside(image, "ls -A /opt/extensions") == f"{NAME}\n"
+    assert not run_inside(image, f"find /opt/{NAME} -maxdepth 1 -name .env")
+    assert_runs(image)
 
 
 @pytest.mark.slow
-def test_the_function_may_be_a_package(copy, base_image):
+def test_the_function_can_be_a_package(copy, base_image):
     """The README shows the line of the Dockerfile."""
     (copy / "app").mkdir()
     (copy / "lambda_function.py").rename(copy / "app" / "main.py")
@@ -187,7 +213,7 @@ def test_the_function_may_be_a_package(copy, base_image):
     assert_runs(build(copy, "package", base_image))
 
 
-def test_editing_code_does_not_reinstall_the_dependencies(copy, base_image):
+def test_editing_code_does_not_reinstall_dependencies(copy, base_image):
     def install_times():
         image = build(copy, "edited", base_image)
         packages = f"/opt/{NAME}/requests/api.py /var/task/awslambdaric/bootstrap.py"
@@ -200,68 +226,27 @@ def test_editing_code_does_not_reinstall_the_dependencies(copy, base_image):
     assert install_times() == before
 
 
-def test_a_lock_file_without_hashes_is_refused(copy, base_image):
+def test_lock_files_without_hashes_are_rejected(copy, base_image):
     remove_hashes(copy / "requirements.txt")
     assert_build_fails(copy, base_image, "Hashes are required in --require-hashes mode")
 
 
-@pytest.fixture(scope="session")
-def layer(folder):
-    """The layer of a renamed copy, made by a user whose files nobody else can read; unpacked."""
-    sample, target = folder / "renamed", folder / "layer"
-    rename(copy_sample(sample), RENAMED)
-    made = run(sample / "scripts" / "build-layer", umask=0o077)
-    assert made.stdout == f"layer.zip: /opt/extensions/{RENAMED} and /opt/{RENAMED}\n", made.stderr
-    with zipfile.ZipFile(sample / "layer.zip") as archive:
-        for entry in archive.infolist():
-            Path(archive.extract(entry, target)).chmod(stat.S_IMODE(entry.external_attr >> 16))
-    return target
-
-
-def test_the_layer_fits_any_cpu_and_is_compiled(layer):
-    """Unchecked bytecode is valid whatever the times of the files are (PEP 552)."""
-    assert {path.name for path in layer.glob("extensions/*")} == {RENAMED}
-    assert {path.name for path in layer.iterdir()} == {"extensions", RENAMED}
-    assert not [*layer.rglob("*.so")]
-    for source in layer.rglob("*.py"):
-        source_hash = importlib.util.source_hash(source.read_bytes())
-        unchecked_hash = (0b01).to_bytes(4, "little") + source_hash
-        compiled = Path(importlib.util.cache_from_source(source)).read_bytes()
-        assert compiled.startswith(importlib.util.MAGIC_NUMBER + unchecked_hash)
-
-
 @pytest.mark.slow
-def test_the_same_input_makes_the_same_layer(folder, layer):
-    """Other file times make no difference."""
-    archive = folder / "renamed" / "layer.zip"
-    before = archive.read_bytes()
-    for file in archive.parent.rglob("*.py"):
-        os.utime(file)
-    assert run(archive.parent / "scripts" / "build-layer").returncode == 0
-    assert archive.read_bytes() == before
-
-
-def test_the_layer_runs_as_any_user_beside_a_function(image, layer):
-    assert_runs(image, "--volume", f"{layer}:/opt:ro", extension=RENAMED)
-
-
-def test_when_pip_fails_no_layer_is_left_not_even_an_old_one(copy, tmp_path):
-    (copy / "layer.zip").write_text("of an earlier build")
-    remove_hashes(copy / NAME / "requirements.txt")
-    made = run(copy / "scripts" / "build-layer", env=os.environ | {"TMPDIR": str(tmp_path)})
-    assert made.returncode == 1
-    assert os.listdir(tmp_path) == []
-    assert not (copy / "layer.zip").exists()
-
-
-def test_build_layer_refuses_a_dependency_that_is_not_pure_python(copy):
-    pins = (copy / "requirements.txt").read_text()
-    (compiled,) = re.findall(r"(?m)^awslambdaric==(?:.*\\\n)+.*\n", pins)
-    with (copy / NAME / "requirements.txt").open("a") as file:
-        file.write(compiled)
-    made = run(copy / "scripts" / "build-layer")
-    assert made.returncode == 1
-    assert "No matching distribution found for awslambdaric" in made.stderr
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "ENV PIP_INDEX_URL=http://{}/",
+        r"RUN printf '[global]\nindex-url = http://{}/' >/etc/pip.conf",
+    ],
+)
+def test_the_base_image_can_set_the_package_index(copy, tmp_path, base_image, setting):
+    """Here, the index has no package."""
+    with ScriptedServer({"": [answer(404)]}) as index:
+        base = f"ARG BASE_IMAGE\nFROM ${{BASE_IMAGE}}\n{setting.format(index.address)}\n"
+        (tmp_path / "Dockerfile").write_text(base)
+        company_base = build(tmp_path, "company", base_image)
+        assert_build_fails(copy, company_base, "No matching distribution found", "--network=host")
+        assert {request.path for request in index.requests} == {"/awslambdaric/"}
 
 
 @pytest.fixture
@@ -276,7 +261,7 @@ def source_distribution(tmp_path):
     return f"any==1 --hash=sha256:{digest}\n"
 
 
-def test_only_wheels_get_into_the_image(copy, base_image, tmp_path, source_distribution):
+def test_only_wheels_are_installed(copy, base_image, tmp_path, source_distribution):
     archive = (tmp_path / "any-1.tar.gz").read_bytes()
     page = answer(200, b'<a href="any-1.tar.gz">any-1.tar.gz</a>', Content_Type="text/html")
     with ScriptedServer({"/any-1.tar.gz": [answer(200, archive)], "": [page]}) as server:
@@ -284,31 +269,3 @@ def test_only_wheels_get_into_the_image(copy, base_image, tmp_path, source_distr
         (copy / "requirements.txt").write_text(f"--only-binary :all:\n{links}{source_distribution}")
         reason = "No matching distribution found for any==1"
         assert_build_fails(copy, base_image, reason, "--network=host")
-
-
-def test_without_a_file_update_pins_writes_every_lock_file(copy, tmp_path):
-    """Here uv only logs what it is given, which ends with the file to read."""
-    log = tmp_path / "uv.log"
-    path = path_with(tmp_path, {"uv": f'echo "$*" >>"{log}"'})
-    ran = run(copy / "scripts" / "update-pins", env=os.environ | {"PATH": path})
-    assert ran.returncode == 0, ran.stderr
-    read = [line.split()[-1] for line in log.read_text().splitlines()]
-    sources = [path.relative_to(copy).as_posix() for path in copy.rglob("requirements*.in")]
-    assert sorted(read) == sorted(sources)
-
-
-@pytest.mark.slow
-def test_update_pins_adds_a_package_leaves_other_pins_alone_and_refuses_one_without_wheels(copy):
-    tool("uv")
-    requirements = copy / NAME / "requirements.in"
-    lock_file = copy / NAME / "requirements.txt"
-    before = lock_file.read_text().splitlines()
-    environment = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
-    update = copy / "scripts" / "update-pins", f"{NAME}/requirements.in"
-    for package, status in ("tomli", 0), ("python-ldap", 1):
-        with requirements.open("a") as file:
-            file.write(f"{package}\n")
-        assert run(*update, env=environment).returncode == status
-        after = lock_file.read_text().splitlines()
-        assert {*before} <= {*after}
-        assert [line for line in after if line.startswith("tomli==")]

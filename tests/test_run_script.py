@@ -202,15 +202,14 @@ def test_e_passes_what_it_names_and_nothing_else(start, evaluating, tmp_path):
     others = {"OTHER": "other", "AMQP_PASSWORD": secret, "BASH_FUNC_other%%": "() { :; }"}
     with start(evaluating, *words, **shell, **others, TMPDIR=str(tmp_path)) as process:
         environ = process.invoke({"do": "dict(os.environ)"})
-        files = *tmp_path.rglob("*"), *evaluating.rglob("*"), *Path("/proc").glob("[0-9]*/cmdline")
-        written = b""
-        for file in files:
-            with contextlib.suppress(OSError):
-                written += file.read_bytes()
+        shown = command_lines()
+        for file in *tmp_path.rglob("*"), *evaluating.rglob("*"):
+            if file.is_file():
+                shown += file.read_text(errors="replace")
     assert {name: environ.get(name) for name in shell | given} == shell | given
     assert not {*others, "UNSET", "PYTEST_CURRENT_TEST"} & environ.keys()
-    assert given["GIVEN"].encode() in written
-    assert secret.encode() not in written
+    assert given["GIVEN"] in shown
+    assert secret not in shown
 
 
 @pytest.mark.parametrize("path", ["", "/nowhere"], ids=["empty", "without Python"])
@@ -228,10 +227,27 @@ def test_names_the_function_as_e_says_and_not_as_the_shell(start, evaluating):
         assert process.invoke(name) == "of-the-shell"
 
 
-def test_e_cannot_override_the_daemons_settings(start, sample, stand_in):
-    """It answers at the address that -p names. An empty AMQP_URI says that there is no broker."""
-    words = "-e", "PORT=1", "-e", "INVOKE_API_HOST=192.0.2.1"
-    with start(sample, *words, LAMBDA_RUNTIME_API_DAEMON=stand_in, AMQP_URI="") as process:
+def command_lines():
+    """The command lines of all processes, as one text."""
+    text = b""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            text += file.read_bytes()
+    return text.decode(errors="replace")
+
+
+def test_e_cannot_override_the_daemons_address(start, sample, stand_in):
+    """It listens where -p says. Its other settings reach it, on no command line."""
+    uri = f"amqp://user:{secrets.token_hex()}@localhost"
+    words = "-e", "PORT=1", "-e", "INVOKE_API_HOST=192.0.2.1", "-e", "MAX_CONCURRENCY=4"
+    with start(sample, *words, LAMBDA_RUNTIME_API_DAEMON=stand_in, AMQP_URI=uri) as process:
+        environ = process.invoke(function=NAME)["environ"]
+        assert uri not in command_lines()
+    assert (environ["AMQP_URI"], environ["MAX_CONCURRENCY"]) == (uri, "4")
+
+
+def test_an_empty_amqp_uri_means_no_broker(start, sample, stand_in):
+    with start(sample, LAMBDA_RUNTIME_API_DAEMON=stand_in, AMQP_URI="") as process:
         assert process.invoke(function=NAME)["environ"]["AMQP_URI"] == ""
 
 

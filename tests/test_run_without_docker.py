@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 from machine import PROGRAMS, processes_of, wait_until
@@ -148,7 +149,7 @@ def test_a_killed_run_ends_its_processes_and_the_next_one_works(evaluating):
         assert process.invoke({"do": "1 + 1"}) == 2
 
 
-@pytest.mark.usefixtures("shares_installed")
+@pytest.mark.usefixtures("installed_sample")
 @pytest.mark.parametrize("user", ["this user", "an ordinary user"])
 def test_what_is_mounted_below_opt_stays_visible(evaluating, user):
     options = give_to_user(evaluating) if user == "an ordinary user" else {}
@@ -175,8 +176,10 @@ def test_links_into_opt_where_mounts_are_refused(copy, tmp_path):
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_replaces_nothing_else_in_opt(copy, tmp_path):
-    (tmp_path / "extensions").mkdir()
+@pytest.mark.parametrize("create", [Path.mkdir, lambda path: path.symlink_to("/usr")])
+def test_replaces_nothing_else_in_opt(copy, tmp_path, create):
+    """A folder, or a link that is not of an earlier run."""
+    create(tmp_path / "extensions")
     with running_without_mounts(copy, tmp_path, wait=False) as process:
         assert process.wait(60) == 1
         assert process.output.endswith("; use --docker, or run as root\n")

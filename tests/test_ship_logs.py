@@ -209,7 +209,9 @@ def test_a_missing_runtime_done_does_not_block(shipping, loss, when):
     lines = [line for line in stdout.splitlines() if "elemetry" in line]
     assert len(lines) == len(bodies)
     if loss != "dropped records":
-        unreadable = [it["record"] for it in collector.records if it["type"] == "unreadable"]
+        unreadable = [
+            record["record"] for record in collector.records if record["type"] == "unreadable"
+        ]
         assert unreadable == [body.decode(errors="replace") for body in bodies]
         assert len(collector.records) == 1 + len(bodies)  # each arrives once, in one form
 
@@ -245,12 +247,12 @@ def test_an_unreadable_request_does_not_block(shipping):
 def test_a_truncated_request_does_not_block_the_next(batching_with):
     """The five seconds for the other half pass within one: see SHORT_LIMITS."""
     shipping = batching_with(SHORT_LIMITS + SHIPPING)
-    with TelemetryApi([hangs]) as api, started(shipping, api, COLLECTOR_URL=NOWHERE) as it:
+    with TelemetryApi([hangs]) as api, started(shipping, api, COLLECTOR_URL=NOWHERE) as process:
         wait_until(lambda: api.requests_for("event/next"))
         start = time.monotonic()
         assert api.send_raw(b"POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n[") == b""
         assert 0.9 < time.monotonic() - start < 10
-        assert it.out.count("Telemetry that did not arrive: ") == 1
+        assert process.out.count("Telemetry that did not arrive: ") == 1
         assert api.deliver(records_of(0)) == 200
 
 
@@ -336,7 +338,11 @@ def test_every_line_arrives_once_at_any_rate_and_size(batching_with, size, numbe
         TelemetryApi([deliver, SHUTDOWN]) as api,
     ):
         _, stdout, _ = run_to_end(shipping, api, COLLECTOR_URL=collector.url)
-    lines = [it["record"].split(" ")[1] for it in collector.records if it["type"] == "function"]
+    lines = [
+        record["record"].split(" ")[1]
+        for record in collector.records
+        if record["type"] == "function"
+    ]
     assert sorted(map(int, lines)) == list(range(number))
     assert "Records" not in stdout
 
@@ -509,18 +515,18 @@ def test_telemetry_arrives_from_the_emulator(evaluating, engine):
     """
     shutil.copytree(EXAMPLE, evaluating / NAME, dirs_exist_ok=True)
     managed = {"AWS_LAMBDA_MAX_CONCURRENCY": "4", "BASE_IMAGE": first_base_image()}
-    with running(evaluating, "--docker", "-e", f"COLLECTOR_URL={NOWHERE}", **managed) as it:
-        assert "-H 'Content-Type: application/json'" in it.output
+    with running(evaluating, "--docker", "-e", f"COLLECTOR_URL={NOWHERE}", **managed) as process:
+        assert "-H 'Content-Type: application/json'" in process.output
         with ThreadPoolExecutor(4) as pool:
 
             def invoke(event):
-                return it.invoke(event, **{"Content-Type": "application/json"})
+                return process.invoke(event, **{"Content-Type": "application/json"})
 
             events = [{"do": "time.sleep(2) or 2"}] * 4
             # The first ones meet unready workers.
             wait_until(lambda: list(pool.map(invoke, events)) == [2] * 4)
-        assert it.stop() == 0
-        assert re.search(r" Records not sent yet: [1-9]\d* \(ConnectionError\)", it.output)
+        assert process.stop() == 0
+        assert re.search(r" Records not sent yet: [1-9]\d* \(ConnectionError\)", process.output)
 
 
 def test_try_sh_says_that_its_port_is_in_use(sample):

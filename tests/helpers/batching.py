@@ -3,8 +3,6 @@
 import re
 import time
 
-import pytest
-from extension_process import variant
 from machine import ROOT
 from sample import NAME
 
@@ -19,25 +17,6 @@ import socket
 set_limit = socket.socket.settimeout
 socket.socket.settimeout = lambda self, limit: set_limit(self, limit and limit / 5)
 """
-
-
-@pytest.fixture
-def batching_with(extension, tmp_path):
-    """Makes an extension of some code and batches.py: batching_with(code, BATCH_RECORDS=10).
-
-    The settings of batches.py are changed before the code runs.
-    """
-
-    def make(code, **settings):
-        changes = "".join(f"batches.{name} = {value}\n" for name, value in settings.items())
-        files = {
-            "batches.py": BATCHES,
-            "formats.py": FORMATS,
-            "extension.py": f"import batches\n{changes}{code}",
-        }
-        return variant(extension, tmp_path, files)
-
-    return make
 
 
 def counted(log, what):

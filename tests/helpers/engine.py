@@ -3,9 +3,8 @@
 import os
 import re
 
-import cache
-import pytest
-from machine import ROOT, run, skip_except_on_ci, tool
+from installation import locked
+from machine import ROOT, run, skip_except_on_ci
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DEFAULT_BASE_IMAGE = re.search("(?m)^ARG BASE_IMAGE=(.*)$", DOCKERFILE).group(1)
@@ -36,7 +35,7 @@ def build(folder, tag, base_image, *options, name=TEST_IMAGE, lock="docker"):
     """
     image = f"{name}:{tag}"
     argument = f"--build-arg=BASE_IMAGE={base_image}"
-    with cache.locked(lock):
+    with locked(lock):
         built = run("docker", "build", "--tag", image, argument, *options, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return image
@@ -55,25 +54,3 @@ def assert_confined_as_on_lambda(inspected, memory_mb=256):
     assert host["Memory"] == memory_mb * 1024 * 1024
     assert host["PidsLimit"] == 1024
     assert host["Ulimits"] == [{"Name": "nofile", "Hard": 1024, "Soft": 1024}]
-
-
-@pytest.fixture(scope="session")
-def engine():
-    """Skips the test unless a Docker engine answers."""
-    if run(tool("docker"), "version").returncode != 0:
-        skip_except_on_ci("no Docker engine on this machine")
-    yield
-    images = run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}", TEST_IMAGE)
-    run("docker", "image", "rm", "--force", *images.stdout.split())
-
-
-@pytest.fixture(scope="session", params=BASE_IMAGES)
-def base_image(request, engine):
-    """The name of a base image, pulled if necessary."""
-    return pulled(request.param)
-
-
-@pytest.fixture(scope="session")
-def image(sample, base_image):
-    """The image, built on that base."""
-    return build(sample, re.sub(r"\W", "-", base_image), base_image)

@@ -4,11 +4,8 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 
-import cache
-import pytest
-from machine import PROGRAMS, ROOT, LoggedProcess
+from machine import ROOT, LoggedProcess
 from sample import NAME
 
 LAUNCHER = (ROOT / "extensions" / NAME).read_text()
@@ -55,19 +52,3 @@ def variant(extension, folder, files):
     for name, text in files.items():
         (copy / name).write_text(text)
     return copy / "main.py"
-
-
-@pytest.fixture(scope="session")
-def extension(folder):
-    """The main.py of the extension, with its dependencies, in a folder of its name."""
-    target = Path(shutil.copytree(cache.extension_packages(), folder / NAME))
-    for source in (ROOT / NAME).glob("*.py"):
-        shutil.copy(source, target)
-    return target / "main.py"
-
-
-@pytest.fixture(scope="session")
-def scripted(extension, folder):
-    """The same with scripted_extension.py, which runs the code that it is given."""
-    code = (PROGRAMS / "scripted_extension.py").read_text()
-    return variant(extension, folder / "scripted", {"extension.py": code})

@@ -5,15 +5,11 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-from pathlib import Path
 
-import cache
-import pytest
-from engine import first_base_image
-from machine import PROGRAMS, LoggedProcess, free_port, need_namespaces, post, run, wait_until
+from installation import locked
+from machine import LoggedProcess, free_port, need_namespaces, post, run, wait_until
 from sample import NAME
 
 
@@ -91,14 +87,13 @@ def running(
     wait=True,
     **environment,
 ):
-    """Runs the sample's run script until it answers, then lets the caller use it.
+    """Runs python-example-extension.sh until it answers, then lets the caller use it.
 
     The script runs in a session of its own. The words of the prefix precede it.
     """
     if "--docker" not in arguments:
         need_namespaces()
     port = port or free_port()
-    settings = {} if "--docker" in arguments else cache.pip_settings()
     place = port if host == "127.0.0.1" else f"{host}:{port}"
     command = [*prefix, sample / script, "-p", place, *arguments]
     identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
@@ -106,22 +101,22 @@ def running(
         "cwd": cwd,
         "stdin": subprocess.DEVNULL,
         "start_new_session": True,
-        "env": os.environ | settings | environment,
+        "env": os.environ | environment,
     }
     lock = contextlib.ExitStack()
     if wait and "--no-docker" not in arguments:
         # All copies build an image of one name: one at a time, until it runs what it has built.
-        lock.enter_context(cache.locked("docker"))
-    with lock, Running(command, host, port, **options, **identity) as it:
+        lock.enter_context(locked("docker"))
+    with lock, Running(command, host, port, **options, **identity) as process:
         try:
             if wait:
-                it.wait_until_ready()
+                process.wait_until_ready()
             lock.close()
-            yield it
+            yield process
         finally:
-            if it.poll() is None:
-                it.stop()
-            print(it.output)
+            if process.poll() is None:
+                process.stop()
+            print(process.output)
 
 
 class WayToRun:
@@ -133,40 +128,3 @@ class WayToRun:
 
     def __call__(self, sample, *arguments, **more):
         return running(sample, self.option, *arguments, **self.environment | more)
-
-
-@pytest.fixture(scope="session", params=["no-docker", "docker"])
-def start(request):
-    """Runs the sample, without Docker and in Docker: `with start(copy) as it`."""
-    if request.param == "docker":
-        request.getfixturevalue("engine")
-        return WayToRun("--docker", "host.docker.internal", BASE_IMAGE=first_base_image())
-    request.getfixturevalue("installed_sample")
-    return WayToRun("--no-docker", "localhost")
-
-
-@pytest.fixture(scope="session")
-def installed_sample(sample):
-    """The copy of the sample, after its first run without Docker."""
-    with cache.locked("installation"):  # one process installs for all
-        cache.share_installed(sample)
-        with running(sample, "--no-docker"):
-            pass
-        cache.share_installed(sample)
-    yield sample
-    cache.share_installed(sample)  # what another Python needed
-
-
-@pytest.fixture
-def shares_installed(installed_sample, copy):
-    """Lets the copy for this test share what its runs install."""
-    yield
-    cache.share_installed(copy)
-
-
-@pytest.fixture(scope="session")
-def stand_in(folder):
-    """The path of a stand-in for the Daemon that any user may start."""
-    path = Path(shutil.copy(PROGRAMS / "stand_in_daemon.py", folder / "stand-in daemon"))
-    path.chmod(0o755)
-    return str(path)

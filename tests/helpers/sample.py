@@ -2,11 +2,8 @@
 
 import re
 import shutil
-import tempfile
-import uuid
 from pathlib import Path
 
-import pytest
 from machine import PROGRAMS, ROOT, run
 
 NAME = next(ROOT.glob("*/extension.py")).parent.name
@@ -57,6 +54,8 @@ def rename(sample, name):
     """Renames a copy as the README says."""
     renamed = run(sample / "scripts" / "rename", name)
     assert (renamed.returncode, renamed.stderr) == (0, "")
+    for installed in sample.glob(f".run/{NAME}-*"):
+        installed.rename(sample / ".run" / installed.name.replace(NAME, name))
 
 
 def make_scripted(sample):
@@ -69,36 +68,3 @@ def make_evaluating(sample):
     """Gives a copy a function that evaluates what its event says under "do"; returns the copy."""
     shutil.copy(PROGRAMS / "evaluating_function.py", sample / "lambda_function.py")
     return sample
-
-
-@pytest.fixture(scope="session")
-def folder():
-    """A temporary folder that any user can read, with a name as users' folders have."""
-    path = Path(tempfile.mkdtemp(prefix="it's 100 % mine, a=b "))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture(scope="session")
-def sample(folder):
-    """A copy of the sample, as a new user has it."""
-    return copy_sample(folder / "sample")
-
-
-@pytest.fixture
-def copy(folder, sample):
-    """A copy of the sample for a test to change, after its first run if there was one."""
-    return copy_sample(folder / uuid.uuid4().hex, sample)
-
-
-@pytest.fixture
-def evaluating(copy):
-    """A copy of the sample whose function evaluates what its event says under "do"."""
-    return make_evaluating(copy)
-
-
-@pytest.fixture
-def scripted_copy(copy):
-    """A copy of the sample whose extension runs the code in its environment variables AT_…"""
-    return make_scripted(copy)
