@@ -15,8 +15,8 @@ usage: $0 [--docker | --no-docker] [-p [ADDRESS:]PORT] [-e NAME[=VALUE]]...
   -p            listen on this port and IPv4 address (default: 127.0.0.1:8080)
   -e            set an environment variable for the function and the extension, or pass one through
                 from this shell; may be repeated
-Without --docker and --no-docker: uses Docker if available; otherwise runs on this machine and says
-why.
+With neither --docker nor --no-docker: uses Docker if available; otherwise says why not, and runs
+on this machine.
 END_OF_USAGE
 }
 

@@ -25,7 +25,9 @@ SLOW_START_MS = 250
 # The rows of the table. The first four come with their lowest and highest value.
 INIT_TWO_CPUS = "init with two CPUs, ms"
 INIT_ONE_CPU = "init with one CPU, ms"
-INIT_BOTO3 = f"init with two CPUs, a function that takes {SLOW_START_MS} ms to start, and boto3, ms"
+INIT_BOTO3 = (
+    f"init with two CPUs, with boto3 and a function that takes {SLOW_START_MS} ms to start, ms"
+)
 FIRST = "billed duration of the first invocation, ms"
 ADDED = "added to the billed duration of a warm invocation, ms"
 CPU = "CPU time per event, µs"

@@ -273,7 +273,7 @@ def test_requests_are_limited_in_records_and_size(batching):
 
 def test_recovers_from_hung_connections_after_a_freeze(batching_with):
     """Three requests hang, each for a minute by the wall clock; the fourth is answered."""
-    frozen = batching_with(SCRIPTED, TIMEOUT_SECONDS=30)
+    frozen = batching_with(SCRIPTED, TIMEOUT_SECONDS=30, HANGING_SECONDS=31)
     minute_later = invoke_event(do="move_clock(60)")
     answers = [hangs, hangs, hangs, answer()]
     with Collector(*answers) as collector, FakeLambda([*[minute_later] * 5, hangs]) as api:
@@ -306,7 +306,12 @@ def test_tries_again_after_a_timeout_of_five_seconds(batching_with):
 
 def test_the_number_of_hanging_threads_is_limited(batching_with):
     """A minute passes before each event. Two batches that were given up hang beside the current."""
-    settings = {"MAX_HANGING_THREADS": 2, "PATIENCE_SECONDS": 0, "TIMEOUT_SECONDS": 30}
+    settings = {
+        "MAX_HANGING_THREADS": 2,
+        "PATIENCE_SECONDS": 0,
+        "TIMEOUT_SECONDS": 30,
+        "HANGING_SECONDS": 31,
+    }
     many = batching_with(SCRIPTED, BATCH_RECORDS=1, BATCH_SECONDS=0, **settings)
 
     def event_after(requests):
@@ -339,7 +344,7 @@ def test_backs_off_after_a_failure_in_a_long_invocation(batching_with):
 
 def test_late_response_to_a_batch_that_was_given_up_is_ignored(batching_with):
     """The first batch is answered only after a freeze, when the next one is on its way."""
-    batching = batching_with(SCRIPTED, BATCH_RECORDS=1, TIMEOUT_SECONDS=30)
+    batching = batching_with(SCRIPTED, BATCH_RECORDS=1, TIMEOUT_SECONDS=30, HANGING_SECONDS=31)
     is_answered = threading.Event()
 
     def late(connection):
@@ -361,7 +366,12 @@ def test_late_response_to_a_batch_that_was_given_up_is_ignored(batching_with):
 
 def test_a_thread_that_has_noticed_counts_no_longer(batching_with):
     """One batch that was given up can hang. It gets its response before the next one hangs."""
-    settings = {"BATCH_RECORDS": 1, "MAX_HANGING_THREADS": 1, "TIMEOUT_SECONDS": 30}
+    settings = {
+        "BATCH_RECORDS": 1,
+        "MAX_HANGING_THREADS": 1,
+        "TIMEOUT_SECONDS": 30,
+        "HANGING_SECONDS": 31,
+    }
     batching = batching_with(SCRIPTED, **settings)
     is_answered = threading.Event()
 

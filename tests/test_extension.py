@@ -222,4 +222,4 @@ def test_secrets_example_fetches_again_when_the_secret_is_old(extension, tmp_pat
     assert status == 0
     assert read == ["one", "two", "two", "three"]
     assert secret.stat().st_mode & 0o777 == 0o600
-    assert stdout.count("The secret stays as it is: HTTPError\n") == 1
+    assert stdout.count("Keeping the old secret: HTTPError\n") == 1

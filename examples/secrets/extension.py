@@ -2,7 +2,8 @@
 """Fetches a secret from SECRET_URL, and keeps it in a file for the function.
 
 The handler reads the file at each invocation. If the function's module needs the secret while it is
-imported, call init() in main.py, above main(): the function then starts only afterwards.
+imported, call init() in main.py, before main(): the function then starts only afterwards. Managed
+Instances have no INVOKE events: there, fetch the secret again in a thread.
 """
 
 import os
@@ -13,14 +14,14 @@ import requests
 from lifecycle import log
 
 # Where the function finds the secret. Only its owner can read the file: on Lambda, the function and
-# the extension are the same user.
+# the extension run as the same user.
 SECRET_FILE = "/tmp/secret"
 
 # How old the secret can get, and how long to wait for a new one.
 MAX_AGE_SECONDS = 300
 TIMEOUT_SECONDS = 2
 
-fetched_at = 0.0  # by the wall clock, which goes on while Lambda freezes the environment
+fetched_at = 0.0  # by the wall clock, which keeps running while Lambda freezes the environment
 
 
 def init() -> None:
@@ -43,4 +44,4 @@ def process(event: dict) -> None:
         try:
             init()
         except requests.RequestException as error:
-            log(f"The secret stays as it is: {type(error).__name__}")
+            log(f"Keeping the old secret: {type(error).__name__}")

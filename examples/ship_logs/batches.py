@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT-0
-"""Collects records and, while the function runs, posts them to COLLECTOR_URL, many per request.
+"""Collects records, and posts them to COLLECTOR_URL, many per request.
 
-Each record arrives at least once, unless the collector refuses it, or fails until newer records
-have filled the buffer, or until the extension exits.
+Each record arrives at least once, unless the collector refuses it, or is down until the buffer
+overflows or the extension exits.
 """
 
 import collections
@@ -22,26 +22,30 @@ from lifecycle import fail_with, log
 BATCH_RECORDS = 100
 BATCH_SECONDS = 10
 
-# The most that can wait, in bytes of memory. A batch is also sent when half of it is taken. When
-# all of it is taken, the oldest records are dropped.
+# The buffer for waiting records, in bytes of memory. A batch is also sent when it is half
+# full. When it is full, the oldest records are dropped.
 MAX_WAITING_BYTES = 1_000_000
 
 # The most that one request contains.
 RECORDS_IN_REQUEST = 1_000
 CHARACTERS_IN_REQUEST = 500_000
 
-# How long send() and wait_for_room() wait for the collector, at SHUTDOWN and at any other time, and
-# how long before an event's deadline send() returns.
-SHUTDOWN_SECONDS = 1.2
+# How long send() and wait_for_room() wait for the collector.
 PATIENCE_SECONDS = 1
+
+# How long send() takes at SHUTDOWN: less than the 2 seconds that Lambda allows.
+SHUTDOWN_SECONDS = 1.2
+
+# How long before an event's deadline send() returns.
 MARGIN_SECONDS = 0.2
 
-# A request fails when no byte of the response arrives within this time. That timeout stands still
-# while Lambda freezes the environment, and does not cover DNS. So a batch that has had no response
-# for a second more than this time, by the wall clock, is given up.
+# A request fails when no byte of the response arrives within this time. That timeout pauses while
+# Lambda freezes the environment, and does not cover DNS. So a batch that has had no response for
+# HANGING_SECONDS, by the wall clock, is given up.
 TIMEOUT_SECONDS = 5
+HANGING_SECONDS = 6
 
-# How many threads of batches that were given up can still hang. Each of them keeps a request.
+# How many threads of batches that were given up can still hang. Each holds a request in memory.
 MAX_HANGING_THREADS = 8
 
 # What becomes of a request.
@@ -86,9 +90,9 @@ class Batches:
         self._timer_runs = False
         self._batch = collections.deque()  # the texts being sent, older than those waiting
         self._batch_began = time.time()
-        self._last_response = time.time()  # to this batch; before the first one, when it began
+        self._last_response = time.time()  # or, until there was one, when the batch began
         self._last_success = time.time()  # likewise
-        self._has_failed = False  # whether the previous batch has
+        self._has_failed = False  # whether the previous batch failed
         self._hanging_threads = 0  # of batches that were given up
         # Counted since the log last reported them:
         self._dropped = 0
@@ -98,14 +102,14 @@ class Batches:
     def start(self) -> None:
         """Reads COLLECTOR_URL and COLLECTOR_TOKEN. Call this in init(), before add().
 
-        It ends the extension if the URL, or the file of REQUESTS_CA_BUNDLE, is not valid.
+        It ends the extension if there is no such URL, or no such file as REQUESTS_CA_BUNDLE names.
         """
         self._url = os.environ.get("COLLECTOR_URL", "").strip()
         self._token = os.environ.get("COLLECTOR_TOKEN", "").strip()
         if not self._url.startswith(("http://", "https://")):
             raise SystemExit("COLLECTOR_URL must be an http:// or https:// URL")
-        # requests would let ~/.netrc replace the token. Only what it takes from the environment
-        # besides is wanted: proxies, and a company's certificates.
+        # requests would let ~/.netrc override the token. What else it reads from the environment
+        # is set here: proxies, and a company's certificates.
         self._session.trust_env = False
         self._session.proxies = requests.utils.get_environ_proxies(self._url)
         certificates = os.environ.get("REQUESTS_CA_BUNDLE")
@@ -117,14 +121,14 @@ class Batches:
         self._session.get_redirect_target = lambda resp: None
 
     def add(self, record: object) -> None:
-        """Adds a record, which must be something that JSON can hold. Any thread can call this.
+        """Adds a record, which must be JSON-serializable. Any thread can call this.
 
         Raises TypeError, ValueError or RecursionError if JSON cannot hold it.
         """
         self.add_texts([encode(record)])
 
     def add_texts(self, texts: list[str]) -> None:
-        """Adds records that are JSON already. Any thread can call this."""
+        """Adds records that are already encoded as JSON. Any thread can call this."""
         with self._changed:
             # A record that is larger than the buffer would push all others out of it.
             kept = [text for text in texts if sys.getsizeof(text) <= MAX_WAITING_BYTES]
@@ -132,13 +136,14 @@ class Batches:
             self._waiting.extend(kept)
             self._waiting_bytes += sum(map(sys.getsizeof, kept))
             self._start_timer()
-            self._give_up_hanging_batch(TIMEOUT_SECONDS + 1)
+            # On Managed Instances, nothing calls send() before SHUTDOWN.
+            self._give_up_hanging_batch(HANGING_SECONDS)
             if self._is_half_full() and not self._has_failed:
                 self._begin_batch()
             self._drop_oldest()
 
     def wait_for_room(self) -> None:
-        """Waits while more than half of the buffer is taken, and the collector accepts records."""
+        """Waits while the buffer is over half full, as long as the collector makes progress."""
         with self._changed:
             while self._batch and self._is_half_full():
                 patience = PATIENCE_SECONDS - seconds_since(self._last_success)
@@ -156,7 +161,7 @@ class Batches:
             if event["eventType"] == "SHUTDOWN":
                 self._send_everything(min(seconds_left, SHUTDOWN_SECONDS))
                 return
-            self._give_up_hanging_batch(TIMEOUT_SECONDS + 1)
+            self._give_up_hanging_batch(HANGING_SECONDS)
             is_time = seconds_since(self._batch_began) >= BATCH_SECONDS
             is_enough = len(self._waiting) >= BATCH_RECORDS and not self._has_failed
             if is_time or is_enough:
@@ -167,7 +172,7 @@ class Batches:
     def _send_everything(self, seconds):
         end = time.monotonic() + seconds
         self._give_up_hanging_batch(PATIENCE_SECONDS)
-        self._has_failed = False
+        self._has_failed = False  # there is no later attempt to leave anything to
         while (self._batch or self._waiting) and not self._has_failed and time.monotonic() < end:
             self._begin_batch()
             self._wait_for_batch(end - time.monotonic())
@@ -177,7 +182,7 @@ class Batches:
         self._log_losses()
 
     def _wait_for_batch(self, seconds):
-        """Waits until this batch is sent, has failed or is given up, or until the time is up."""
+        """Waits until the batch, if there is one, is sent, has failed or is given up."""
         batch = self._batch
         self._changed.wait_for(lambda: not batch or batch is not self._batch, max(0, seconds))
 
@@ -185,19 +190,21 @@ class Batches:
         return self._waiting_bytes > MAX_WAITING_BYTES / 2
 
     def _start_timer(self):
-        """Sends what is waiting after BATCH_SECONDS, if it is still waiting then.
+        """Makes sure that what is waiting is sent within BATCH_SECONDS.
 
-        The timer stands still while Lambda freezes the environment. That is intended: the next
+        The timer pauses while Lambda freezes the environment. That is intended: the next
         invocation is to send these records at its end, together with its own.
         """
         if self._waiting and not self._timer_runs:
             self._timer_runs = True
-            threading.Timer(BATCH_SECONDS, self._end_timer).start()
+            threading.Timer(BATCH_SECONDS, self._on_timer).start()
 
-    def _end_timer(self):
+    def _on_timer(self):
         with self._changed:
             self._timer_runs = False
+            self._give_up_hanging_batch(HANGING_SECONDS)
             self._begin_batch()
+            self._start_timer()  # if a batch is still being sent
 
     def _begin_batch(self):
         """Starts to send all waiting records, unless a batch is being sent already."""
@@ -209,7 +216,7 @@ class Batches:
             threading.Thread(target=self._run_thread, args=[self._batch]).start()
 
     def _end_batch(self, has_failed):
-        """Puts the unsent records back among the waiting ones."""
+        """Puts the unsent records back in front of the waiting ones."""
         self._waiting.extendleft(reversed(self._batch))
         self._waiting_bytes += sum(map(sys.getsizeof, self._batch))
         self._batch = collections.deque()
@@ -220,7 +227,7 @@ class Batches:
         self._changed.notify_all()
 
     def _give_up_hanging_batch(self, seconds):
-        """Ends the batch if it has had no response for so long, unless too many threads hang."""
+        """Ends the batch if there was no response for that long, unless too many threads hang."""
         is_hanging = self._batch and seconds_since(self._last_response) > seconds
         if is_hanging and self._hanging_threads < MAX_HANGING_THREADS:
             self._hanging_threads += 1
@@ -236,7 +243,7 @@ class Batches:
         if self._refused:
             log(f"Records refused: {self._refused} ({self._refusal})")
         if self._dropped:
-            log(f"Records dropped: {self._dropped} (too many, or too large)")
+            log(f"Records dropped: {self._dropped} (buffer full, or record too large)")
         self._refused = 0
         self._dropped = 0
 
@@ -253,7 +260,7 @@ class Batches:
             texts = beginning_of(batch, size)
             outcome, reason = self._post(texts)
             with self._changed:
-                if batch is not self._batch:
+                if batch is not self._batch:  # it was given up
                     self._hanging_threads -= 1
                     return
                 self._last_response = time.time()
@@ -262,16 +269,16 @@ class Batches:
                     self._end_batch(has_failed=True)
                     return
                 if outcome == REFUSED and len(texts) > 1:
-                    size = len(texts) // 2  # some of these are to blame: find out which
+                    size = len(texts) // 2  # some of these are to blame: narrow it down
                     continue
                 if outcome == REFUSED:
                     self._refused += 1
                     self._refusal = reason
                 else:
                     self._last_success = self._last_response
+                    size = min(2 * size, RECORDS_IN_REQUEST)
                 for _ in texts:
                     batch.popleft()
-                size = min(2 * size, RECORDS_IN_REQUEST)
                 if not batch:
                     self._end_batch(has_failed=False)
 
@@ -279,8 +286,8 @@ class Batches:
         """Sends records; returns SENT, REFUSED or FAILED, and the reason (str)."""
         body, headers = self._make_request(texts, self._token)
         try:
-            # Each request gets a connection of its own, because one that was kept is dead after a
-            # freeze. The body of the response is not read, because it may be of any size.
+            # Closing the response unread closes the connection, too: one that was kept would be
+            # dead after a freeze, and the body can be of any size.
             with self._session.post(
                 self._url,
                 data=body,
@@ -291,7 +298,7 @@ class Batches:
             ) as response:
                 status = response.status_code
         except Exception as error:  # HTTP clients raise more than they document
-            return FAILED, type(error).__name__  # its text has the URL, perhaps with a token
+            return FAILED, type(error).__name__  # its message contains the URL
         if 200 <= status < 300:
             return SENT, f"status {status}"
         if status in REFUSING_STATUSES:
@@ -312,9 +319,9 @@ def beginning_of(batch, size):
 
 
 def seconds_since(moment):
-    """Returns the time since a moment of the wall clock, or infinity if it has been set back.
+    """Returns the time since a moment of the wall clock, or infinity if that was set back far.
 
-    time.monotonic() would stand still while Lambda freezes the environment.
+    time.monotonic() would pause while Lambda freezes the environment.
     """
     seconds = time.time() - moment
-    return seconds if seconds >= 0 else float("inf")
+    return seconds if seconds > -1 else float("inf")

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Collector(BaseHTTPRequestHandler):
-    """Takes JSON arrays."""
+    """Accepts JSON arrays."""
 
     def do_POST(self):
         """Prints the records of one request, and answers 200."""

@@ -20,10 +20,10 @@ TELEMETRY_PATH = "/2022-07-01/telemetry"
 # telemetry was lost.
 NOTED_TYPES = ("platform.start", "platform.runtimeDone", "platform.logsDropped")
 
-# How long process() waits until Lambda says that the invocation has started.
+# How long process() waits for Lambda to say that the invocation has started.
 START_SECONDS = 1
 
-# Telemetry still arrives after SHUTDOWN. process() takes it for this long, and then sends it.
+# Telemetry still arrives after SHUTDOWN. process() waits this long for it before the last batch.
 LAST_TELEMETRY_SECONDS = 0.5
 
 
@@ -36,7 +36,7 @@ def init() -> None:
         "schemaVersion": "2025-01-29",
         # Not "extension": what this extension logs would come back to it.
         "types": ["platform", "function"],
-        # The least delay, because process() waits for the end of the invocation.
+        # The shortest delay that is allowed, because process() waits for the invocation's end.
         "buffering": {"timeoutMs": 25},
         "destination": {
             "protocol": "HTTP",
@@ -44,15 +44,15 @@ def init() -> None:
         },
     }
     try:
-        status = api.request("PUT", TELEMETRY_PATH, subscription).status
+        outcome = api.request("PUT", TELEMETRY_PATH, subscription).status
     except ExtensionsApiError as error:
-        status = error
-    if status == 200:
+        outcome = error
+    if outcome == 200:
         threading.Thread(target=server.serve_forever).start()
         telemetry.is_subscribed = True
-    else:  # AWS's emulator answers 202, other emulators 404
+    else:  # AWS's emulator usually answers 202, other emulators 404
         server.server_close()
-        log(f"Ships no logs: there is no Telemetry API here, or it refuses: {status}")
+        log(f"Not shipping logs: there is no Telemetry API here, or it refused: {outcome}")
 
 
 def process(event: dict) -> None:
@@ -69,23 +69,23 @@ def process(event: dict) -> None:
 
 
 class Telemetry:
-    """What the Telemetry API has said. The receiver's thread takes it; process() waits for it."""
+    """What the Telemetry API has reported. The receiver's thread notes it; process() waits."""
 
     def __init__(self):
         self.is_subscribed = False
-        self._changed = threading.Condition()  # also the lock of all that follows
-        self._started = None  # the request ID of the invocation that started last
-        self._ended = None  # the request ID of the invocation that ended last
+        self._changed = threading.Condition()  # also the lock for everything below
+        self._started = None  # the request ID of the invocation that started most recently
+        self._ended = None  # the request ID of the one that ended most recently
         self._is_incomplete = False  # something was lost since the last wait
         self._origin = origin_of_records(None)
 
     def take(self, body):
-        """Takes the body of a request (bytes), a JSON array, and passes its records on."""
+        """Handles the body of a request (bytes), a JSON array, and passes its records on."""
         with self._changed:
             texts = []
             try:
                 for record, text in records_in(body.decode()):
-                    if not isinstance(record, dict) or not record:
+                    if not isinstance(record, dict) or not record:  # {} has no end to add to
                         text = unreadable(text)
                     elif record.get("type") in NOTED_TYPES:
                         self._note(record)
@@ -94,25 +94,22 @@ class Telemetry:
                 # A record that is too long is split across two bodies, for example:
                 # https://github.com/DataDog/datadog-lambda-extension/issues/1357
                 texts = [unreadable(body.decode(errors="replace"))[:-1] + self._origin]
-                self._note_loss(f"Telemetry that is not JSON is shipped as text: {error}")
+                self.report_loss(f"Telemetry is not JSON, and is shipped as text: {error}")
             batches.add_texts(texts)
             self._changed.notify_all()
 
     def report_loss(self, what):
-        """Says in one line what did not arrive. It may have been what process() waits for."""
+        """Logs what did not arrive. process() may be waiting for it."""
         with self._changed:
-            self._note_loss(what)
+            self._is_incomplete = True
             self._changed.notify_all()
-
-    def _note_loss(self, what):
-        self._is_incomplete = True
         log(what)
 
     def _note(self, record):
         """Notes what a record says about invocations."""
         content = record.get("record")
         if record["type"] == "platform.logsDropped":
-            self._note_loss(f"Lambda has dropped telemetry: {content}")
+            self.report_loss(f"Lambda has dropped telemetry: {content}")
         elif isinstance(content, dict) and record["type"] == "platform.start":
             self._started = content.get("requestId")
             self._origin = origin_of_records(self._started)
@@ -129,11 +126,11 @@ class Telemetry:
         with self._changed:
             while request_id != self._ended and not self._is_incomplete:
                 limit = end
-                if request_id != self._started:  # it has not started, so far as Lambda says
+                if request_id != self._started:  # it has not started, as far as Lambda says
                     limit = min(end, begin + START_SECONDS)
                 seconds_left = limit - time.monotonic()
                 if seconds_left <= 0:
-                    log(f"Telemetry does not say that invocation {request_id} has ended")
+                    log(f"Stopped waiting: no sign that invocation {request_id} has ended")
                     break
                 self._changed.wait(seconds_left)
             self._is_incomplete = False
@@ -143,23 +140,23 @@ class Telemetry:
 class Server(socketserver.TCPServer):
     """Handles one request at a time, so that Lambda waits while there is no room in batches.
 
-    It is not an HTTPServer, which would ask DNS for the name of this machine.
+    It is not an HTTPServer, which would look up the name of this machine in DNS.
     """
 
-    request_queue_size = 100
+    request_queue_size = 100  # what Lambda sends in the meantime
 
     def handle_error(self, request, client_address):
-        """Says in one line, instead of a traceback, that a request has failed."""
-        telemetry.report_loss(f"Telemetry that did not arrive: {sys.exc_info()[1]!r}")
+        """Logs in one line, instead of a traceback, that a request has failed."""
+        telemetry.report_loss(f"Telemetry did not arrive: {sys.exc_info()[1]!r}")
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """Receives one request of the Telemetry API."""
+    """Receives one request from the Telemetry API."""
 
-    timeout = 5  # for Lambda to send the request, in seconds
+    timeout = 5  # seconds; a connection that hangs would block all others
 
     def do_POST(self):
-        """Answers 200 when the records have been taken, and there is room for more."""
+        """Stores the records, and answers 200 once there is room for more, or after a moment."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         telemetry.take(body)
         batches.wait_for_room()
@@ -167,15 +164,15 @@ class Receiver(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_error(self, format, *args):
-        """Says in one line that a request is not HTTP, or did not arrive in full and in time."""
-        telemetry.report_loss(f"Telemetry that did not arrive: {format % args}")
+        """Logs in one line that a request is not HTTP, or did not arrive in full and in time."""
+        telemetry.report_loss(f"Telemetry did not arrive: {format % args}")
 
 
 def records_in(text):
     """Yields the records of a JSON array, each with its own text.
 
-    That costs 3 µs a record. To parse the array, and make texts again, would cost 6. Raises
-    ValueError, LookupError or RecursionError if the text is not such an array.
+    This takes 3 µs per record; parsing the array, and encoding each record again, would take 6.
+    Raises ValueError, LookupError or RecursionError if the text is not such an array.
     """
     text = text.strip()
     if not text.startswith("["):
@@ -197,7 +194,7 @@ def records_in(text):
 
 
 def refuse(constant):
-    """Refuses NaN and infinity, which Python takes for JSON, but few collectors do."""
+    """Refuses NaN and infinity, which Python accepts as JSON, but few collectors do."""
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -207,7 +204,7 @@ scan = json.JSONDecoder(parse_constant=refuse).scan_once  # pyright: ignore
 
 
 def unreadable(text):
-    """Returns the JSON text of a record that holds what is not a record."""
+    """Returns text that is not a record, wrapped in one, as JSON."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
     return json.dumps({"time": now, "type": "unreadable", "record": text})
 

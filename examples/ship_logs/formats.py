@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT-0
 """Formats for batches.py. Name one of them in extension.py: batches = Batches(formats.loki)
 
-Each function takes records with a "time", as JSON texts, and COLLECTOR_TOKEN, which can be empty.
-It returns the body and the headers of a request.
+Each function takes records, as JSON texts, and COLLECTOR_TOKEN, which can be empty. It returns the
+body and the headers of a request. The records need a "time" and a "record", as Lambda's have them.
 """
 
 import datetime
@@ -72,13 +72,13 @@ def message_of(record):
 
 
 def labels_of(record):
-    """Returns where a record comes from: texts by name."""
+    """Returns where a record comes from: a dict of strings."""
     names = "type", "function", "version", "requestId"
     return {name: record[name] for name in names if record.get(name)}
 
 
 def attributes(texts):
-    """Returns texts by name as OTLP wants them."""
+    """Returns a dict of strings as OTLP wants it."""
     return [{"key": key, "value": {"stringValue": text}} for key, text in texts.items()]
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT-0
 #
 # Runs the sample with this example, invokes the function, and shows what a collector gets:
-#   examples/ship_logs/try.sh logs|events [PORT] [OPTION]...
+#   examples/ship_logs/try.sh logs|events [PORT [OPTION]...]
 # logs ships the function's log. This needs Docker, because AWS's emulator has a Telemetry API only
 # while it emulates Managed Instances. events sends batches of events, with Docker or without. The
 # options are those of the sample's own script.
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 what=${1:-}
 port=${2:-8080}
 if [[ $what != logs && $what != events || ! $port =~ ^[0-9]+$ ]]; then
-    echo "usage: $0 logs|events [PORT] [OPTION]..." >&2
+    echo "usage: $0 logs|events [PORT [OPTION]...]" >&2
     exit 2
 fi
 shift $(($# > 1 ? 2 : 1))
@@ -70,5 +70,5 @@ while sleep 1; do
         true # the emulator has not started yet
 done &
 invoker=$!
-echo "$0: invokes the function once a second, and shows what the collector gets after 10 seconds"
+echo "$0: invoking once a second; what the collector gets appears after 10 seconds"
 "$copy/$name.sh" "${options[@]}" "$@"
