@@ -201,5 +201,11 @@ def test_the_function_sees_only_its_own_packages(evaluating):
     with running(evaluating, "--no-docker") as process:
         assert "template.yaml" in process.invoke({"do": "os.listdir()"})
         assert process.invoke({"do": "__import__('pip')"})["errorType"] == "ModuleNotFoundError"
+
+
+@pytest.mark.usefixtures("installed_sample")
+def test_the_runtime_api_listens_on_loopback_only(evaluating):
+    """Whoever reaches it can take invocations. -p is for the endpoint alone."""
+    with running(evaluating, "--no-docker", host="127.0.0.2") as process:
         address = process.invoke({"do": "os.environ['AWS_LAMBDA_RUNTIME_API']"})
-        assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
