@@ -23,7 +23,7 @@ def installation():
     """The folder that scripts/run_without_docker.py has installed, or now installs, into .run."""
     code = "import run_without_docker as it; it.RUNS.mkdir(exist_ok=True); print(it.install())"
     with locked("installation"):
-        installed = run("python3", "-E", "-c", code, cwd=ROOT / "scripts")
+        installed = run("python3", "-E", "-B", "-c", code, cwd=ROOT / "scripts")
     assert installed.returncode == 0, installed.stderr
     return Path(installed.stdout.splitlines()[-1])
 
