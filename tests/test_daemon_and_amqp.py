@@ -190,6 +190,19 @@ def image_with_daemon(engine, evaluating, tmp_path):
 
 
 @pytest.mark.slow
+def test_kubernetes_lets_the_broker_and_callers_through():
+    """The ports of the policy are those that the Daemon uses."""
+    deployment, policy = yaml_documents(EXAMPLES / "kubernetes.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (uri,) = [each["value"] for each in container["env"] if each["name"] == "AMQP_URI"]
+    broker, _ = policy["spec"]["egress"]
+    assert [f":{port['port']}?" in uri for port in broker["ports"]] == [True]
+    (callers,) = policy["spec"]["ingress"]
+    assert [port["port"] for port in callers["ports"]] == [8080]
+    assert container["readinessProbe"]["tcpSocket"]["port"] == 8080
+
+
+@pytest.mark.slow
 def test_a_kubernetes_stop_loses_no_message_and_no_shutdown(rabbitmq, channel, image_with_daemon):
     """Docker stands in for Kubernetes: it starts and stops containers as the example says."""
     deployment, _ = yaml_documents(EXAMPLES / "kubernetes.yaml")

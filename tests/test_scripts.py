@@ -51,7 +51,7 @@ def test_rename_leaves_git_alone(copy):
 
 def test_renaming_twice_changes_nothing_else(folder, copy):
     once = copy_sample(folder / f"{copy.name}-once", copy)
-    notes = "log-shipper shippers {0}s https://example.com/{0} {1}-PID [{1}]\n"
+    notes = "log-shipper shippers {0}s {0}-tools https://example.com/{0} {1}-PID [{1}]\n"
     for sample in copy, once:
         (sample / "notes.txt").write_text(notes.format(NAME, NAME))
     rename(copy, "shipper")
