@@ -103,18 +103,15 @@ def install(folder, others):
     for number, other in enumerate(others):
         (extension,) = other.glob("extensions/*")
         opts[f"AWS's {extension.name}"] = shutil.copytree(other, folder / str(number))
-    for name, files in (
-        ("this extension", list((ROOT / NAME).glob("*.py"))),
-        ("http.client alone", [ROOT / "benchmark" / "http_client.py"]),
-    ):
-        opts[name] = opt = folder / name
-        shutil.copytree(packages, opt / NAME)
-        shutil.copytree(ROOT / "extensions", opt / "extensions")
-        for file in files:
-            shutil.copy(file, opt / NAME)
-    (opts["http.client alone"] / NAME / "http_client.py").rename(
-        opts["http.client alone"] / NAME / "main.py"
-    )
+    for name in "this extension", "http.client alone":
+        opts[name] = folder / name
+        shutil.copytree(packages, folder / name / NAME)
+        shutil.copytree(ROOT / "extensions", folder / name / "extensions")
+    for file in (ROOT / NAME).glob("*.py"):
+        shutil.copy(file, opts["this extension"] / NAME)
+    # The launcher starts main.py.
+    http_client = ROOT / "benchmark" / "http_client.py"
+    shutil.copy(http_client, opts["http.client alone"] / NAME / "main.py")
     for opt in opts.values():
         add_variant_with_boto3(opt)
     # The image has bytecode, too.

@@ -43,7 +43,7 @@ MARGIN_SECONDS = 0.2
 # Lambda freezes the environment, and does not cover DNS. So a batch that has had no response for
 # HANGING_SECONDS, by the wall clock, is given up.
 TIMEOUT_SECONDS = 5
-HANGING_SECONDS = 6
+HANGING_SECONDS = TIMEOUT_SECONDS + 1
 
 # How many threads of batches that were given up can still hang. Each holds a request in memory.
 MAX_HANGING_THREADS = 8
