@@ -1,6 +1,7 @@
 """The fixtures: copies of the sample, the ways to run it, and what it runs in."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pika
 import pytest
-from batching import BATCHES, FORMATS
+from batching import batching_variant
 from engine import BASE_IMAGES, TEST_IMAGE, build, first_base_image, pulled
 from extension_process import variant
 from installation import installation, link_installation
@@ -135,21 +136,8 @@ def scripted(extension, folder):
 
 @pytest.fixture
 def batching_with(extension, tmp_path):
-    """Makes an extension of some code and batches.py: batching_with(code, BATCH_RECORDS=10).
-
-    The settings of batches.py are changed before the code runs.
-    """
-
-    def make(code, **settings):
-        changes = "".join(f"batches.{name} = {value}\n" for name, value in settings.items())
-        files = {
-            "batches.py": BATCHES,
-            "formats.py": FORMATS,
-            "extension.py": f"import batches\n{changes}{code}",
-        }
-        return variant(extension, tmp_path, files)
-
-    return make
+    """Makes an extension of some code and batches.py: batching_with(code, BATCH_RECORDS=10)."""
+    return functools.partial(batching_variant, extension, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,31 @@
 """Extensions that send batches, and what they log."""
 
+import json
 import re
 import time
 
-from machine import ROOT
+from extension_process import variant
+from machine import PROGRAMS, ROOT
 from sample import NAME
 
 EXAMPLE = ROOT / "examples" / "ship_logs"
-BATCHES = (EXAMPLE / "batches.py").read_text()
-FORMATS = (EXAMPLE / "formats.py").read_text()
 NOWHERE = "http://127.0.0.1:1/"  # a collector that does not exist
 
-# Code before an extension's own. It lets the time limits of connections pass five times as fast.
-SHORT_LIMITS = """
-import socket
-set_limit = socket.socket.settimeout
-socket.socket.settimeout = lambda self, limit: set_limit(self, limit and limit / 5)
-"""
+
+def batching_variant(extension, folder, code, speed=1, format_name=None, **settings):
+    """The main.py of a copy with batches.py and that code, adjusted as adjusted_extension.py says.
+
+    The settings are for batches.py.
+    """
+    adjustments = {"speed": speed, "format_name": format_name, **settings}
+    files = {
+        "batches.py": (EXAMPLE / "batches.py").read_text(),
+        "formats.py": (EXAMPLE / "formats.py").read_text(),
+        "extension.py": (PROGRAMS / "adjusted_extension.py").read_text(),
+        "example.py": code,
+        "adjustments.json": json.dumps(adjustments),
+    }
+    return variant(extension, folder, files)
 
 
 def counted(log, what):

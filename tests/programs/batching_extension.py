@@ -8,6 +8,7 @@ import time
 from batches import Batches
 
 batches = Batches()
+init = batches.start
 real_time = time.time
 clock_offset = 0
 time.time = lambda: real_time() + clock_offset
@@ -20,10 +21,6 @@ def move_clock(seconds):
     """
     global clock_offset
     clock_offset += seconds
-
-
-def init():
-    batches.start()
 
 
 def process(event):
