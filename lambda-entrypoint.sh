@@ -14,7 +14,7 @@ fi
 # `python3 -m` imports the function and its dependencies from the working directory.
 cd "${LAMBDA_TASK_ROOT:-.}" || exit
 
-# The function's PATH may lack Python.
+# The function's PATH may lack Python, and the emulator.
 export PATH="${PATH:+$PATH:}/usr/local/bin:/usr/bin:/bin"
 
 # "$@" becomes the command to run. It is put together from back to front.
@@ -26,6 +26,6 @@ if [ -n "${AWS_LAMBDA_EXEC_WRAPPER:-}" ]; then
     set -- "$AWS_LAMBDA_EXEC_WRAPPER" env -u AWS_LAMBDA_EXEC_WRAPPER sh "$0"
 fi
 if [ -z "${AWS_LAMBDA_RUNTIME_API:-}" ]; then
-    set -- /usr/local/bin/aws-lambda-rie "$@"
+    set -- aws-lambda-rie "$@"
 fi
 exec "$@"

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import amqp_invoke
 import pika
 import pytest
+import yaml
 from engine import assert_confined_as_on_lambda, build, first_base_image
-from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until, yaml_documents
+from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
 from sample import HELLO, NAME, copy_sample, make_evaluating, make_scripted, once
 
@@ -159,26 +160,6 @@ class Backlog:
                 return sorted(set(instances.values()))
 
 
-def test_killing_one_of_three_instances_loses_no_message(start, rabbitmq, channel, evaluating):
-    """RabbitMQ gives what the killed one had taken to the others."""
-    settings = {
-        **CREDENTIALS,
-        "LAMBDA_RUNTIME_API_DAEMON": real_daemon(),
-        "AMQP_URI": f"amqp://{rabbitmq}",
-        "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
-    }
-    name = f"killed{start.option}"
-    arguments = "-e", f"AWS_LAMBDA_FUNCTION_NAME={name}"
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(start(evaluating, *arguments, "-e", f"INSTANCE={i}", **settings))
-            for i in INSTANCES
-        ]
-        wait_until(lambda: count_consumers(rabbitmq, name) == 3)
-        backlog = Backlog(channel, name)
-        assert backlog.instances_that_respond(processes[1].kill_sample) == INSTANCES
-
-
 @pytest.fixture
 def image_with_daemon(engine, evaluating, tmp_path):
     """An image for Kubernetes, built as the page says."""
@@ -189,10 +170,14 @@ def image_with_daemon(engine, evaluating, tmp_path):
     return build(os.path.dirname(real_daemon()), "daemon", first_base_image(), dockerfile)
 
 
-@pytest.mark.slow
+def kubernetes_objects():
+    """The Deployment and the NetworkPolicy of the example."""
+    return [*yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())]
+
+
 def test_kubernetes_lets_the_broker_and_callers_through():
     """The ports of the policy are those that the Daemon uses."""
-    deployment, policy = yaml_documents(EXAMPLES / "kubernetes.yaml")
+    deployment, policy = kubernetes_objects()
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     (uri,) = [each["value"] for each in container["env"] if each["name"] == "AMQP_URI"]
     broker, _ = policy["spec"]["egress"]
@@ -205,7 +190,7 @@ def test_kubernetes_lets_the_broker_and_callers_through():
 @pytest.mark.slow
 def test_a_kubernetes_stop_loses_no_message_and_no_shutdown(rabbitmq, channel, image_with_daemon):
     """Docker stands in for Kubernetes: it starts and stops containers as the example says."""
-    deployment, _ = yaml_documents(EXAMPLES / "kubernetes.yaml")
+    deployment, _ = kubernetes_objects()
     pod = deployment["spec"]["template"]["spec"]
     entrypoint, *arguments = pod["containers"][0]["command"]
     settings = CREDENTIALS | {

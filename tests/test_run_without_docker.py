@@ -4,9 +4,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,11 @@ from machine import PROGRAMS, processes_of, wait_until
 from running import running
 from sample import HELLO, NAME, copy_sample
 
-USER = 12345  # the ID of an ordinary user
+IS_ROOT = os.geteuid() == 0
+# What precedes a command to run it in a mount namespace of its own, as root of that namespace, or
+# as an ordinary user.
+IN_NAMESPACE = ["unshare", "--mount"] if IS_ROOT else ["unshare", "--mount", "--map-root-user"]
+AS_USER = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"] if IS_ROOT else []
 
 
 @pytest.fixture
@@ -23,26 +27,25 @@ def fresh(folder):
     return copy_sample(folder / uuid.uuid4().hex)
 
 
-def give_to_user(copy):
-    """Gives a copy to an ordinary user; returns the options of running() for that user.
-
-    Without root, the tests run as an ordinary user anyway: then it changes nothing.
-    """
-    if os.geteuid() != 0:
-        return {}
-    for link in copy.glob(f".run/{NAME}-*"):  # into the cache, which the user may be unable to read
-        original = link.resolve()
+def owned_by_user(copy):
+    """Gives a copy to the user of AS_USER, and with it what has been installed for the tests."""
+    for link in copy.glob(f".run/{NAME}-*"):
+        installed = link.resolve()
         link.unlink()
-        shutil.copytree(original, link, symlinks=True)
-    for path in [copy, *copy.rglob("*")]:
-        os.chown(path, USER, USER, follow_symlinks=False)
-    return {"user": USER, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
+        shutil.copytree(installed, link, symlinks=True)
+    for path in [copy, *copy.rglob("*")] if IS_ROOT else []:
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+    return copy
+
+
+def script(copy):
+    return copy / f"{NAME}.sh"
 
 
 def running_without_mounts(copy, opt, **options):
     """Runs a copy as in a plain container, which refuses namespaces; the folder opt is its /opt."""
-    options |= {"SCRIPT": f"{copy}/{NAME}.sh", "OPT": str(opt)}
-    return running(copy, "--no-docker", script=PROGRAMS / "without_namespaces.sh", **options)
+    command = [*IN_NAMESPACE, PROGRAMS / "without_namespaces.sh", script(copy)]
+    return running(copy, "--no-docker", command=command, OPT=str(opt), **options)
 
 
 @pytest.mark.slow
@@ -53,16 +56,14 @@ def test_an_interrupted_installation_leaves_nothing(fresh, signum):
         assert process.stop(signum) == 130
         wait_until(lambda: not processes_of(fresh))
     assert os.listdir(fresh / ".run") == []
-    with running(fresh, "--no-docker") as process:
-        assert process.invoke() == HELLO
 
 
 @pytest.mark.slow
 def test_two_first_runs_at_once_do_not_hurt_each_other(fresh):
-    options = give_to_user(fresh)
+    command = [*AS_USER, script(owned_by_user(fresh))]
     with (
-        running(fresh, "--no-docker", wait=False, **options) as one,
-        running(fresh, "--no-docker", **options) as other,
+        running(fresh, "--no-docker", wait=False, command=command, HOME="/") as one,
+        running(fresh, "--no-docker", command=command, HOME="/") as other,
     ):
         one.wait_until_ready()
         for process in one, other:
@@ -103,9 +104,10 @@ def test_writes_nothing_outside_its_ignored_folder(fresh, tmp_path):
     assert tree() == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
 def test_a_folder_of_another_user_fails_with_one_line(fresh):
-    with running(fresh, "--no-docker", wait=False, user=USER, PATH="/usr/bin:/bin") as process:
+    command = [*AS_USER, script(fresh)]
+    with running(fresh, "--no-docker", wait=False, command=command) as process:
         assert process.wait(60) == 1
     assert process.output.startswith(f"{NAME}: cannot run here: [Errno 13] Permission denied: ")
     assert process.output.count("\n") == 1
@@ -117,48 +119,36 @@ def test_runs_from_a_zip_file(copy):
     for file in copy.rglob("*"):
         if file.is_file() and ".run" not in file.parts:
             file.chmod(0o644)
-    for script in f"extensions/{NAME}", "lambda-entrypoint.sh":
-        (copy / script).write_text((copy / script).read_text().replace("\n", "\r\n"), newline="")
-    with running(copy, "--no-docker", prefix=["bash"]) as process:
+    for name in f"extensions/{NAME}", "lambda-entrypoint.sh":
+        (copy / name).write_text((copy / name).read_text(), newline="\r\n")
+    with running(copy, "--no-docker", command=["bash", script(copy)]) as process:
         assert process.invoke() == HELLO
-
-
-def kill(process, sample, program):
-    """Kills the processes of that copy that run a program."""
-    for pid, command in processes_of(sample).items():
-        if program in command:
-            os.kill(pid, signal.SIGKILL)
-    process.wait(60)
 
 
 @pytest.mark.usefixtures("installed_sample")
 def test_a_killed_run_ends_its_processes_and_the_next_one_works(evaluating):
     """As when the machine runs out of memory: not even a busy function survives the emulator."""
-    with running(evaluating, "--no-docker") as process:
-        with socket.create_connection(("127.0.0.1", process.port)) as client:
-            body = b'{"do": "time.sleep(60)"}'
-            path = "/2015-03-31/functions/function/invocations"
-            client.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\n".encode())
-            client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            wait_until(lambda: process.received)
-            start = time.monotonic()
-            kill(process, evaluating, "aws-lambda-rie-")
-            wait_until(lambda: not processes_of(evaluating))
-            assert time.monotonic() - start < 30  # not the function's 60
+    with ThreadPoolExecutor() as pool, running(evaluating, "--no-docker") as process:
+        invoked = pool.submit(process.invoke, {"do": "time.sleep(60)"})
+        wait_until(lambda: process.received)
+        start = time.monotonic()
+        process.kill()
+        wait_until(lambda: not processes_of(evaluating))
+        assert time.monotonic() - start < 30  # not the function's 60
+        assert isinstance(invoked.exception(), OSError)
     with running(evaluating, "--no-docker", port=process.port) as process:
         assert process.invoke({"do": "1 + 1"}) == 2
 
 
 @pytest.mark.usefixtures("installed_sample")
-@pytest.mark.parametrize("user", ["this user", "an ordinary user"])
+@pytest.mark.parametrize("user", [[], AS_USER], ids=["this user", "an ordinary user"])
 def test_what_is_mounted_below_opt_stays_visible(evaluating, user):
-    options = give_to_user(evaluating) if user == "an ordinary user" else {}
-    script = PROGRAMS / "with_mount_below_opt.sh"
-    options |= {"SCRIPT": f"{evaluating}/{NAME}.sh", "AS": str(options.pop("user", ""))}
-    with running(evaluating, "--no-docker", script=script, **options) as process:
+    """Another extension of this machine stays out."""
+    copy = owned_by_user(evaluating) if user else evaluating
+    command = [*IN_NAMESPACE, PROGRAMS / "with_mount_below_opt.sh", *user, script(copy)]
+    with running(copy, "--no-docker", command=command) as process:
         assert process.invoke({"do": "open('/opt/mounted/file').read()"}) == "mounted\n"
         assert {NAME, "extensions", "mounted"} <= {*process.invoke({"do": "os.listdir('/opt')"})}
-        # Another extension of this machine stays out.
         assert process.invoke({"do": "os.listdir('/opt/extensions')"}) == [NAME]
         assert "refuses a mount" not in process.output
 
@@ -197,7 +187,7 @@ def test_installs_again_only_when_a_pin_changes(copy):
 
 
 @pytest.mark.usefixtures("installed_sample")
-def test_the_function_sees_only_its_own_packages(evaluating):
+def test_the_function_sees_its_folder_and_only_its_packages(evaluating):
     with running(evaluating, "--no-docker") as process:
         assert "template.yaml" in process.invoke({"do": "os.listdir()"})
         assert process.invoke({"do": "__import__('pip')"})["errorType"] == "ModuleNotFoundError"

@@ -1,10 +1,13 @@
 """The Docker engine: base images, and the sample's image on each."""
 
+import contextlib
+import json
 import os
 import re
 
 from installation import locked
-from machine import ROOT, run, skip_except_on_ci
+from machine import ROOT, free_port, post, run, skip_except_on_ci, wait_until
+from sample import HELLO, NAME, RECEIVED
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DEFAULT_BASE_IMAGE = re.search("(?m)^ARG BASE_IMAGE=(.*)$", DOCKERFILE).group(1)
@@ -39,6 +42,24 @@ def build(folder, tag, base_image, *options, name=TEST_IMAGE, lock="docker"):
         built = run("docker", "build", "--tag", image, argument, *options, folder)
     assert built.returncode == 0, built.stdout + built.stderr
     return image
+
+
+def assert_runs(image, *options, extension=NAME):
+    """Asserts that a container answers, and that the extension logs the event."""
+    port = free_port()
+    start = "docker", "run", "--rm", "--detach", f"--publish=127.0.0.1:{port}:8080"
+    name = run(*start, *options, image).stdout.strip()
+    url = f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations"
+
+    def invoke():
+        with contextlib.suppress(OSError):
+            return post(url, timeout=60)
+
+    try:
+        assert json.loads(wait_until(invoke)) == HELLO
+        wait_until(lambda: f"[{extension}] {RECEIVED}" in run("docker", "logs", name).stdout)
+    finally:
+        run("docker", "kill", name)
 
 
 def assert_confined_as_on_lambda(inspected, memory_mb=256):

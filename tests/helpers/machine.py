@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import random
 import shutil
@@ -47,14 +46,6 @@ def tool(name):
     if not found:
         skip_except_on_ci(f"no {name} on this machine")
     return found
-
-
-def yaml_documents(file):
-    """What a YAML file contains, document by document."""
-    python = TOOLS / "python3"
-    if not python.exists():
-        skip_except_on_ci("no PyYAML without --all")
-    return json.loads(run(python, PROGRAMS / "yaml_to_json.py", file).stdout)
 
 
 def real_daemon():
@@ -135,16 +126,12 @@ def path_with(folder, programs):
 
 
 def path_without(folder, name):
-    """A PATH without a command. That folder gets links to the other commands that are beside it."""
-    places = os.environ["PATH"].split(":")
-    for number, place in enumerate(places):
-        if os.path.exists(f"{place}/{name}"):
-            links = folder / str(number)
-            links.mkdir()
-            for command in {*os.listdir(place)} - {name}:
-                (links / command).symlink_to(f"{place}/{command}")
-            places[number] = str(links)
-    return ":".join(places)
+    """A PATH without a command. That folder gets links to all other commands."""
+    for place in os.environ["PATH"].split(":"):
+        for command in Path(place).glob("*"):
+            if command.name != name and not os.path.lexists(folder / command.name):
+                (folder / command.name).symlink_to(command)
+    return str(folder)
 
 
 def wait_until(condition, seconds=180):

@@ -61,13 +61,6 @@ class Running(LoggedProcess):
         os.kill(self.pid if signum == signal.SIGTERM else -self.pid, signum)
         return self.wait(60)
 
-    def kill_sample(self):
-        """Kills what runs: the container, if there is one, or the emulator."""
-        if self.container:
-            run("docker", "kill", self.container)
-        else:
-            self.kill()
-
     def assert_signal_ends_it(self, signum=signal.SIGTERM):
         """Asserts that the signal ends the run with 0, and the extension with SHUTDOWN."""
         assert self.stop(signum) == 0
@@ -78,25 +71,22 @@ class Running(LoggedProcess):
 def running(
     sample,
     *arguments,
-    script=f"{NAME}.sh",
-    user=None,
+    command=None,
     host="127.0.0.1",
     port=None,
-    prefix=(),
     cwd="/",
     wait=True,
     **environment,
 ):
     """Runs python-example-extension.sh until it answers, then lets the caller use it.
 
-    The script runs in a session of its own. The words of the prefix precede it.
+    The script, or the command that starts it, runs in a session of its own.
     """
     if "--docker" not in arguments:
         need_namespaces()
     port = port or free_port()
     place = port if host == "127.0.0.1" else f"{host}:{port}"
-    command = [*prefix, sample / script, "-p", place, *arguments]
-    identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    words = [*(command or [sample / f"{NAME}.sh"]), "-p", place, *arguments]
     options = {
         "cwd": cwd,
         "stdin": subprocess.DEVNULL,
@@ -107,7 +97,7 @@ def running(
     if wait and "--no-docker" not in arguments:
         # All copies build an image of one name: one at a time, until it runs what it has built.
         lock.enter_context(locked("docker"))
-    with lock, Running(command, host, port, **options, **identity) as process:
+    with lock, Running(words, host, port, **options) as process:
         try:
             if wait:
                 process.wait_until_ready()

@@ -1,6 +1,5 @@
 """Copies of the sample: as a new user has it, or changed by a test."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -30,12 +29,6 @@ def replace(file, before, after, count=-1):
     text = file.read_text()
     assert before in text
     file.write_text(text.replace(before, after, count))
-
-
-def remove_hashes(lock_file):
-    """Leaves only names and versions in a lock file."""
-    pins = re.findall(r"(?m)^[\w.-]+==[\w.]+", lock_file.read_text())
-    lock_file.write_text("".join(f"{pin}\n" for pin in pins))
 
 
 def once(folder, statement):
