@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
 
 import pytest
-from extension_process import PYTHON, run_to_end, started, variant
+from extension_process import run_to_end, started, variant
 from fake_lambda import (
     IDENTIFIER,
     REGISTERED,
@@ -48,14 +47,6 @@ def test_the_readmes_way_to_catch_an_exception_works(extension, tmp_path):
         status, stdout, _ = run_to_end(caught, api)
     assert status == 0
     assert stdout.count("] Not processed: NameError(") == 2
-
-
-def test_extension_py_can_be_imported_and_starts_nothing(extension):
-    call = "import extension; extension.process({'eventType': 'INVOKE'})"
-    command = *PYTHON, "-c", f"import sys; sys.path.insert(0, ''); {call}"
-    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=extension.parent)
-    assert ran.stdout == f'[{NAME}] {RECEIVED}: {{"eventType": "INVOKE"}}\n'
-    assert ran.stderr == ""
 
 
 def test_registers_by_name_and_requests_events_by_identifier(extension):
@@ -182,18 +173,11 @@ def test_launcher_finds_python_without_the_functions_path(path):
 
 def test_launcher_withholds_the_functions_variables(tmp_path):
     """AWS lists them; the emulator passes them on. Here, `env` is the Python that starts."""
-    withheld = [
-        "AWS_EXECUTION_ENV",
-        "AWS_LAMBDA_LOG_GROUP_NAME",
-        "AWS_LAMBDA_LOG_STREAM_NAME",
-        "AWS_XRAY_CONTEXT_MISSING",
-        "AWS_XRAY_DAEMON_ADDRESS",
-        "LAMBDA_RUNTIME_DIR",
-        "LAMBDA_TASK_ROOT",
-        "_AWS_XRAY_DAEMON_ADDRESS",
-        "_AWS_XRAY_DAEMON_PORT",
-        "_HANDLER",
-    ]
+    withheld = (
+        "AWS_EXECUTION_ENV AWS_LAMBDA_LOG_GROUP_NAME AWS_LAMBDA_LOG_STREAM_NAME"
+        " AWS_XRAY_CONTEXT_MISSING AWS_XRAY_DAEMON_ADDRESS LAMBDA_RUNTIME_DIR LAMBDA_TASK_ROOT"
+        " _AWS_XRAY_DAEMON_ADDRESS _AWS_XRAY_DAEMON_PORT _HANDLER"
+    ).split()
     environment = dict.fromkeys([*withheld, "AWS_LAMBDA_FUNCTION_NAME"], "set")
     environment["PATH"] = path_with(tmp_path, {"python3": "env"})
     ran = run(ROOT / "extensions" / NAME, env=environment)

@@ -76,6 +76,7 @@ def test_boto3_gets_hello_from_lambda(shared):
 
 def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared):
     assert all(shared.invoke() == HELLO for _ in range(100))
+    wait_until(lambda: len(shared.received) >= 100)
     wait_until(lambda: shared.received == re.findall(r"(?m)^START RequestId: (\S+)", shared.output))
     assert shared.output.count("Launching extension") == 1
     assert shared.output.count("Registered with ID") == 1
@@ -102,7 +103,9 @@ def test_restarts_after_a_function_times_out_or_dies(start, evaluating, do, answ
         assert answer in str(process.invoke({"do": do}))
         assert invoke_again(process, {"still": "here"}) == {"still": "here"}
         # In Docker, the log may arrive after the response.
-        wait_until(lambda: '"INVOKE"' in process.output.split("Registered with ID")[2:])
+        wait_until(lambda: process.output.count("Registered with ID") == 2)
+        wait_until(lambda: '"INVOKE"' in process.output.split("Registered with ID")[2])
+        assert f'"shutdownReason": "{reason}"' in process.output
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_restarts_after_an_extension_fails_or_hangs(start, copy, tmp_path, failu
     with start(make_scripted(copy), *words, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as process:
         assert curl(process) == answer
         assert invoke_again(process) == HELLO
-        assert process.output.count("Registered with ID") > 1
+        wait_until(lambda: process.output.count("Registered with ID") > 1)
 
 
 def test_concurrent_invocation_crashes_the_emulator(start, evaluating):

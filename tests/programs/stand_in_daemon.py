@@ -22,9 +22,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def end(*_):
-    print("Daemon ended by SIGTERM", flush=True)
-    if "IGNORE_SIGTERM" not in os.environ:
-        sys.exit()
+    sys.exit("Daemon ended by SIGTERM")
 
 
 signal.signal(signal.SIGTERM, end)
