@@ -16,7 +16,7 @@ from fake_lambda import (
 )
 from machine import ROOT, path_with, run, wait_until
 from pages import PAGES, code_blocks
-from sample import NAME, RECEIVED
+from sample import NAME
 
 # Logs the modules that have been imported.
 LOG_MODULES = "log('Modules: ' + json.dumps(sorted(sys.modules)))"
@@ -173,11 +173,18 @@ def test_launcher_finds_python_without_the_functions_path(path):
 
 def test_launcher_withholds_the_functions_variables(tmp_path):
     """AWS lists them; the emulator passes them on. Here, `env` is the Python that starts."""
-    withheld = (
-        "AWS_EXECUTION_ENV AWS_LAMBDA_LOG_GROUP_NAME AWS_LAMBDA_LOG_STREAM_NAME"
-        " AWS_XRAY_CONTEXT_MISSING AWS_XRAY_DAEMON_ADDRESS LAMBDA_RUNTIME_DIR LAMBDA_TASK_ROOT"
-        " _AWS_XRAY_DAEMON_ADDRESS _AWS_XRAY_DAEMON_PORT _HANDLER"
-    ).split()
+    withheld = [
+        "AWS_EXECUTION_ENV",
+        "AWS_LAMBDA_LOG_GROUP_NAME",
+        "AWS_LAMBDA_LOG_STREAM_NAME",
+        "AWS_XRAY_CONTEXT_MISSING",
+        "AWS_XRAY_DAEMON_ADDRESS",
+        "LAMBDA_RUNTIME_DIR",
+        "LAMBDA_TASK_ROOT",
+        "_AWS_XRAY_DAEMON_ADDRESS",
+        "_AWS_XRAY_DAEMON_PORT",
+        "_HANDLER",
+    ]
     environment = dict.fromkeys([*withheld, "AWS_LAMBDA_FUNCTION_NAME"], "set")
     environment["PATH"] = path_with(tmp_path, {"python3": "env"})
     ran = run(ROOT / "extensions" / NAME, env=environment)
