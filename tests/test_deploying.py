@@ -1,94 +1,55 @@
 """The commands of docs/deploying.md, with the real AWS CLI and SAM CLI."""
 
-import http.server
+import contextlib
 import json
 import os
 import re
-import threading
-import urllib.parse
+import shlex
 import uuid
 
 import pytest
 from engine import DEFAULT_BASE_IMAGE, first_base_image
-from machine import AWS_CREDENTIALS, path_with, run, tool
+from machine import (
+    AWS_CREDENTIALS,
+    PROGRAMS,
+    LoggedProcess,
+    free_port,
+    path_with,
+    post,
+    run,
+    tool,
+    wait_until,
+)
 from pages import code_blocks
 from sample import HELLO, NAME, RECEIVED, rename, replace
 
 pytestmark = pytest.mark.slow
 PAGE = "docs/deploying.md"
-ID = "123456789012"
-IMAGE = f"{ID}.dkr.ecr.eu-central-1.amazonaws.com/{NAME}"
-ROLE = f"arn:aws:iam::{ID}:role/{NAME}"
-IDENTITY = f"<GetCallerIdentityResult><Account>{ID}</Account></GetCallerIdentityResult>"
-TOKEN = {"authorizationToken": "QVdTOnBhc3N3b3Jk"}
-READY = {"State": "Active", "LastUpdateStatus": "Successful"}
-# {part of a request: AWS's response}; the first that fits counts.
-RESPONSES = {
-    "Action=": f"<R>{IDENTITY}<CreateRoleResult/></R>",
-    "GetAuthorizationToken": json.dumps({"authorizationData": [TOKEN]}),
-    f"GET /2015-03-31/functions/{NAME}": json.dumps({"Configuration": READY}),
-    "/invocations": json.dumps(HELLO),
-    "FilterLogEvents": json.dumps({"events": [{"message": f"[{NAME}] {RECEIVED}"}]}),
-    "/versions": '{"LayerVersionArn": "arn:layer:1"}',
-}
-# What the commands do, in this order, as docker's arguments and as requests to AWS.
+# What docker is told, in this order.
 DOCKER = (
-    "login --username AWS --password-stdin .* password$",
-    f"build .*--target lambda --tag {IMAGE} .$",
-    f"push {IMAGE}$",
+    r"login --username AWS --password-stdin (\d+\.dkr\.ecr\.eu-central-1\.amazonaws\.com) \S+\n"
+    rf"build .*--target lambda --tag \1/{NAME} \.\n"
+    rf"push \1/{NAME}\n"
 )
-REQUESTS = (
-    f"CreateRepository .*{NAME}",
-    f"=CreateRole.*RoleName={NAME}&.*lambda.amazonaws.com",
-    "=AttachRolePolicy.*/AWSLambdaBasicExecutionRole",
-    f'POST .*"{ROLE}".*"ImageUri": "{IMAGE}:latest".*x86_64',
-    f"GET .*/{NAME}",
-    f"POST .*/{NAME}/invocations",
-    f"FilterLogEvents .*/aws/lambda/{NAME}",
-    f'PUT .*/{NAME}/code .*"ImageUri": "{IMAGE}:latest"',
-    f"GET .*/{NAME}",
-    f"DELETE .*/{NAME}",
-    f"DeleteRepository .*{NAME}",
-    "=DetachRolePolicy.*/AWSLambdaBasicExecutionRole",
-    f"=DeleteRole&.*RoleName={NAME}",
-    f"DeleteLogGroup .*/aws/lambda/{NAME}",
-    f'POST .*/layers/{NAME}/versions .*"ZipFile": "..',
-    r'PUT .*/my-function/.*"Layers": \["arn:layer:1"\]',
-)
-
-
-class AwsApi(http.server.BaseHTTPRequestHandler):
-    """Stands in for STS, ECR, IAM, Lambda and CloudWatch Logs, and keeps each request as a line."""
-
-    def do_POST(self):
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = urllib.parse.unquote_plus(content.decode())
-        request = f"{self.command} {self.path} {self.headers.get('X-Amz-Target')} {body}"
-        self.server.received.append(request)
-        self.send_response(200)
-        self.end_headers()
-        responses = (response for part, response in RESPONSES.items() if part in request)
-        self.wfile.write(next(responses, "{}").encode())
-
-    do_GET = do_PUT = do_DELETE = do_POST
 
 
 @pytest.fixture
 def aws():
-    """A stand-in for AWS, with the requests that it has received."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), AwsApi) as server:
-        server.received = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+    """Moto, which stands in for AWS. Returns the beginning of a command of the AWS CLI."""
+    port = free_port()
+    command = tool("moto_server"), "--host", "127.0.0.1", "--port", port
+    settings = {"MOTO_LAMBDA_STUB_ECR": "true", "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}
+    with LoggedProcess(command, env=os.environ | settings):
 
+        def is_up():
+            with contextlib.suppress(OSError):
+                # An invocation is to run nothing.
+                no_docker = b'{"lambda": {"use_docker": false}}'
+                return post(f"http://127.0.0.1:{port}/moto-api/config", no_docker)
 
-def assert_in_order(patterns, lines):
-    """Asserts that a line matches each pattern, further down than the one before."""
-    remaining = iter(lines)
-    for pattern in patterns:
-        # any() takes lines off the iterator, so the next pattern is looked for below this one.
-        assert any(re.search(pattern, line, re.DOTALL) for line in remaining), pattern
+        wait_until(is_up)
+        # AWS_ENDPOINT_URL needs a newer AWS CLI than Debian 12 has.
+        yield [tool("aws"), "--endpoint-url", f"http://127.0.0.1:{port}"]
 
 
 @pytest.mark.parametrize("shell", ["bash -i", "zsh -f -i"])
@@ -96,8 +57,7 @@ def test_every_aws_cli_command_works_when_pasted(tmp_path, copy, aws, shell):
     """In zsh, # begins no comment, and :l changes a variable."""
     log = tmp_path / "docker.log"
     programs = {
-        # AWS_ENDPOINT_URL needs a newer AWS CLI than Debian 12 has.
-        "aws": f'exec "{tool("aws")}" --endpoint-url http://127.0.0.1:{aws.server_port} "$@"',
+        "aws": f'exec {shlex.join(map(str, aws))} "$@"',
         # At a login, it also logs the password that it is given.
         "docker": f'echo "$@" $([ "$1" != login ] || cat) >>"{log}"',
         "sleep": ":",
@@ -105,13 +65,17 @@ def test_every_aws_cli_command_works_when_pasted(tmp_path, copy, aws, shell):
     environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     environment |= AWS_CREDENTIALS | {"HOME": str(tmp_path), "AWS_PAGER": ""}
     environment["PATH"] = path_with(tmp_path, programs)
+    prepared = run(PROGRAMS / "prepare_aws.sh", NAME, RECEIVED, env=environment, cwd=copy)
+    assert prepared.returncode == 0, prepared.stderr
     blocks = [*code_blocks(PAGE, "With the AWS CLI"), *code_blocks(PAGE, "As a layer")]
     program, *options = shell.split()
     pasted = run(tool(program), *options, input="".join(blocks), env=environment, cwd=copy)
     assert not re.search("not found|[Ee]rror", pasted.stderr)
-    assert_in_order(DOCKER, log.read_text().splitlines())
-    assert_in_order(REQUESTS, aws.received)
-    assert json.dumps(HELLO) in pasted.stdout
+    assert f"[{NAME}] {RECEIVED}\n" in pasted.stdout
+    assert re.fullmatch(DOCKER, log.read_text())
+    functions = run(*aws, "lambda", "list-functions", env=os.environ | AWS_CREDENTIALS)
+    (left,) = json.loads(functions.stdout)["Functions"]
+    assert f":layer:{NAME}:1" in left["Layers"][0]["Arn"]
 
 
 @pytest.fixture
