@@ -7,6 +7,7 @@ what it likes with it. An answer of None, or a function that raises OSError, end
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import socket
 import socketserver
@@ -58,6 +59,7 @@ SHUTDOWN = answer(
 class Request(typing.NamedTuple):
     """A request that a server got."""
 
+    time: float  # of its arrival, by time.monotonic()
     method: str
     path: str
     head: bytes  # the header fields
@@ -96,6 +98,7 @@ class _Connection(socketserver.StreamRequestHandler):
                     self.connection.sendall(reply)
 
     def _read_request(self, request_line):
+        arrival = time.monotonic()
         method, path, _ = request_line.decode().split()
         head, content_length = b"", 0
         while (field := self.rfile.readline()) not in (b"\r\n", b""):
@@ -103,7 +106,7 @@ class _Connection(socketserver.StreamRequestHandler):
             name, _, value = field.partition(b":")
             if name.lower() == b"content-length":
                 content_length = int(value)
-        return Request(method, path, head, self.rfile.read(content_length))
+        return Request(arrival, method, path, head, self.rfile.read(content_length))
 
 
 class ScriptedServer(socketserver.ThreadingTCPServer):
@@ -157,3 +160,9 @@ class FakeLambda(ScriptedServer):
     def requests_for(self, path):
         """The requests for a path of the Extensions API, such as "register"."""
         return [request for request in self.requests if request.path.endswith("/extension/" + path)]
+
+    @property
+    def durations(self):
+        """How long the extension took for each event but the last, if it got them at once."""
+        times = [request.time for request in self.requests_for("event/next")]
+        return [later - earlier for earlier, later in itertools.pairwise(times)]

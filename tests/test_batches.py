@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from batching import NOWHERE, counted, timed
+from batching import NOWHERE, counted
 from extension_process import run_to_end, started
 from fake_collector import FAILURES, SUCCESSES, TOKEN, Collector, answers_after, refuses
 from fake_lambda import SHUTDOWN, FakeLambda, ScriptedServer, answer, hangs, invoke_event
@@ -264,13 +264,11 @@ def test_setting_the_clock_back_delays_nothing(batching_with):
 def test_tries_again_after_a_timeout_of_five_seconds(batching_with):
     """No further event comes. Here the five seconds pass within one."""
     batching = batching_with(README, speed=5, BATCH_SECONDS=0.1)
-    times = []
-    with Collector(hangs, timed(times, answer)) as collector:
-        with FakeLambda([timed(times, invoke_event), hangs]) as api:
-            with started(batching, api, COLLECTOR_URL=collector.url) as process:
-                wait_until(lambda: len(times) == 2)
-                assert f"[{NAME}] Records not sent yet: 1 (ReadTimeout)\n" in process.out
-    assert 1 < times[1] - times[0] < 10
+    with Collector(hangs, answer()) as collector, FakeLambda([invoke_event(), hangs]) as api:
+        with started(batching, api, COLLECTOR_URL=collector.url) as process:
+            wait_until(lambda: len(collector.requests) == 2)
+            assert f"[{NAME}] Records not sent yet: 1 (ReadTimeout)\n" in process.out
+    assert 1 < collector.requests[1].time - collector.requests[0].time < 10
 
 
 def test_a_hanging_thread_counts_until_it_gets_its_response(batching_with):
@@ -309,13 +307,12 @@ def test_a_hanging_thread_counts_until_it_gets_its_response(batching_with):
 
 def test_backs_off_after_a_failure_in_a_long_invocation(batching_with):
     batching = batching_with(README, BATCH_RECORDS=1, BATCH_SECONDS=0.5)
-    times = []
-    with Collector(timed(times, lambda: answer(500))) as collector:
-        with FakeLambda([invoke_event(), hangs]) as api:
-            with started(batching, api, COLLECTOR_URL=collector.url):
-                wait_until(lambda: len(times) >= 4)
+    with Collector(answer(500)) as collector, FakeLambda([invoke_event(), hangs]) as api:
+        with started(batching, api, COLLECTOR_URL=collector.url):
+            wait_until(lambda: len(collector.requests) >= 4)
     # The first request can be late, and the timer has begun before it.
-    assert min(later - earlier for earlier, later in pairwise(times[1:4])) > 0.4
+    times = [request.time for request in collector.requests[1:4]]
+    assert min(later - earlier for earlier, later in pairwise(times)) > 0.4
 
 
 def test_a_slow_batch_is_not_given_up(batching_with):
@@ -331,12 +328,9 @@ def test_a_hanging_collector_delays_an_invocation_by_a_second(batching):
     """The hundredth record makes a batch, for which process() waits."""
 
     def seconds():
-        times = []
-        answers = [*events(99), timed(times, invoke_event), timed(times)]
-        with Collector(hangs) as collector, FakeLambda(answers) as api:
-            with started(batching, api, COLLECTOR_URL=collector.url):
-                wait_until(lambda: len(times) == 2)
-        return times[1] - times[0]
+        with Collector(hangs) as collector, FakeLambda([*events(100), SHUTDOWN]) as api:
+            run_to_end(batching, api, COLLECTOR_URL=collector.url)
+        return api.durations[-1]
 
     assert 0.9 < fastest(seconds, 2) < 2
 
@@ -344,26 +338,23 @@ def test_a_hanging_collector_delays_an_invocation_by_a_second(batching):
 def test_does_not_wait_just_before_the_deadline(batching_with):
     """Of eight invocations the shortest counts, because a busy machine can only prolong them."""
     patient = batching_with(README, BATCH_RECORDS=1, PATIENCE_SECONDS=60)
-    times = []
-    hurried = timed(times, lambda: invoke_event(seconds=0.5))
-    with Collector(hangs) as collector:
-        with FakeLambda([*[hurried] * 8, timed(times)]) as api:
-            with started(patient, api, COLLECTOR_URL=collector.url):
-                wait_until(lambda: len(times) == 9)
-    assert 0.29 < min(end - begin for begin, end in pairwise(times)) < 0.5
+
+    def hurried(connection):
+        connection.sendall(invoke_event(seconds=0.5))
+
+    with Collector(hangs) as collector, FakeLambda([*[hurried] * 8, SHUTDOWN]) as api:
+        run_to_end(patient, api, COLLECTOR_URL=collector.url)
+    assert 0.29 < min(api.durations) < 0.5
 
 
 def test_shuts_down_in_time_with_a_hanging_collector(batching):
     """Lambda allows 2 seconds after SHUTDOWN, and the Daemon gives a deadline that is wrong."""
 
     def seconds():
-        times = []
-        answers = [invoke_event(), timed(times, lambda: SHUTDOWN)]
-        with Collector(hangs) as collector, FakeLambda(answers) as api:
-            status, stdout, _ = run_to_end(batching, api, COLLECTOR_URL=collector.url)
-            times.append(time.monotonic())
-        assert status == 0
+        with Collector(hangs) as collector, FakeLambda([invoke_event(), SHUTDOWN]) as api:
+            _, stdout, _ = run_to_end(batching, api, COLLECTOR_URL=collector.url)
+            end = time.monotonic()
         assert counted(stdout, "not confirmed before the end") == 2
-        return times[1] - times[0]
+        return end - api.requests[-1].time
 
     assert 1.1 < fastest(seconds, 2) < 2

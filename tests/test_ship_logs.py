@@ -1,17 +1,15 @@
 """The whole of examples/ship_logs/: an extension that ships what the function logs."""
 
-import functools
 import json
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from unittest.mock import ANY
 
 import pytest
@@ -34,12 +32,19 @@ def shipping(batching_with):
     return batching_with(SHIPPING)
 
 
+@pytest.fixture
+def api():
+    """Lambda, with a Telemetry API."""
+    with TelemetryApi() as api:
+        yield api
+
+
 class TelemetryApi(FakeLambda):
     """Lambda, with a Telemetry API."""
 
-    def __init__(self, events, subscribed=200):
-        super().__init__(events)
-        self.answers["/telemetry"] = [answer(subscribed)]
+    def __init__(self):
+        super().__init__()
+        self.answers["/telemetry"] = [answer()]
 
     @property
     def subscription(self):
@@ -83,10 +88,10 @@ def contents(records):
     return {(record["type"], json.dumps(record["record"])) for record in records}
 
 
-def invocation(number, before=(), after=()):
+def invocation(api, number, before=(), after=()):
     """An invocation, with what Lambda delivers before its event and after it, body by body."""
 
-    def give(api, connection):
+    def give(connection):
         for body in before:
             api.deliver(body)
         connection.sendall(invoke_event(str(number)))
@@ -96,46 +101,41 @@ def invocation(number, before=(), after=()):
     return give
 
 
-def shutdown(api, connection):
-    connection.sendall(SHUTDOWN)
+def ship(shipping, api, events, url=NOWHERE, **environment):
+    """Runs the extension with these events and SHUTDOWN; returns what it logged.
 
-
-def ship(shipping, answers, url=NOWHERE, **environment):
-    """Gives these answers to requests for events, and returns what the extension logged.
-
-    Each gets the TelemetryApi and the connection. The extension must exit with 0, without an error.
+    It must exit with 0, without an error.
     """
-    with TelemetryApi([]) as api:
-        api.answers["/extension/event/next"] = [functools.partial(give, api) for give in answers]
-        status, stdout, stderr = run_to_end(shipping, api, COLLECTOR_URL=url, **environment)
+    api.answers["/extension/event/next"] = [*events, SHUTDOWN]
+    status, stdout, stderr = run_to_end(shipping, api, COLLECTOR_URL=url, **environment)
     assert (status, stderr) == (0, "")
     return stdout
 
 
-def test_every_record_of_four_hundred_invocations_arrives(shipping):
+def test_every_record_of_four_hundred_invocations_arrives(shipping, api):
     """Some records come before the event, others after it; every second time out of order."""
     chance = random.Random(20)
-    answers, sent = [], []
+    events, sent = [], []
     for number in range(400):
         records = records_of(number)
         if number % 2:
             chance.shuffle(records)
         split = chance.randrange(5)
-        answers.append(invocation(number, [records[:split]], [records[split:]]))
+        events.append(invocation(api, number, [records[:split]], [records[split:]]))
         sent += records
     with Collector(answer()) as collector:
-        ship(shipping, [*answers, shutdown], collector.url)
+        ship(shipping, api, events, collector.url)
     assert contents(sent) <= contents(collector.records)
 
 
-def test_records_name_their_function_and_invocation(shipping):
+def test_records_name_their_function_and_invocation(shipping, api):
     """So does what is JSON but not a record, and is shipped as text."""
     records = [*records_of(1), {"type": 5}, {"type": "platform.start"}]
     no_records = [{}, "text", 5, None, [1]]
     function = {"AWS_LAMBDA_FUNCTION_NAME": "f", "AWS_LAMBDA_FUNCTION_VERSION": "$LATEST"}
     with Collector(answer()) as collector:
-        answers = [invocation(1, after=[[*records, *no_records]]), shutdown]
-        ship(shipping, answers, collector.url, **function)
+        event = invocation(api, 1, after=[[*records, *no_records]])
+        ship(shipping, api, [event], collector.url, **function)
     origin = {"function": "f", "version": "$LATEST", "requestId": "1"}
     unreadable = [record for record in collector.records if record["type"] == "unreadable"]
     readable = [record for record in collector.records if record not in unreadable]
@@ -159,15 +159,15 @@ LOSSES = {
 
 @pytest.mark.parametrize("bodies", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("before", [0, 1], ids=["after the event", "before it"])
-def test_a_missing_runtime_done_does_not_block(shipping, bodies, before):
+def test_a_missing_runtime_done_does_not_block(shipping, api, bodies, before):
     """Otherwise process() would wait for an hour, as platform.start says that the function runs.
 
     What cannot be read is shipped as text, once.
     """
     start = records_of(0, ["platform.start"])
-    lossy = invocation(0, [start, *bodies[:before]], bodies[before:])
+    event = invocation(api, 0, [start, *bodies[:before]], bodies[before:])
     with Collector(answer()) as collector:
-        log = ship(shipping, [lossy, shutdown], collector.url)
+        log = ship(shipping, api, [event], collector.url)
     assert log.count("elemetry") == len(bodies)
     texts = [body.decode(errors="replace") for body in bodies if isinstance(body, bytes)]
     unreadable = [record for record in collector.records if record["type"] == "unreadable"]
@@ -175,102 +175,86 @@ def test_a_missing_runtime_done_does_not_block(shipping, bodies, before):
     assert len(collector.records) == 1 + len(bodies)
 
 
-def lasting(asked, number):
-    """An invocation that goes on for a moment after its event, and then ends.
+def lasting(api, number):
+    """An invocation whose end Lambda reports 0.3 seconds after its event."""
 
-    Tells the list asked whether the extension has asked for the next event before that.
-    """
-
-    def give(api, connection):
-        invocation(number, [records_of(number, ["platform.start"])])(api, connection)
-        asked.append(bool(select.select([connection], [], [], 0.3)[0]))
-        api.deliver(records_of(number, ["platform.runtimeDone"]))
+    def give(connection):
+        invocation(api, number, [records_of(number, ["platform.start"])])(connection)
+        end = records_of(number, ["platform.runtimeDone"])
+        threading.Timer(0.3, api.deliver, [end]).start()
 
     return give
 
 
-def test_waits_again_after_lost_telemetry(shipping):
-    asked = []
-    loss = invocation(0, [records_of(0, ["platform.start", "platform.logsDropped"])])
-    ship(shipping, [loss, lasting(asked, 1), shutdown])
-    assert asked == [False]
+def test_waits_again_after_lost_telemetry(shipping, api):
+    loss = records_of(0, ["platform.start", "platform.logsDropped"])
+    ship(shipping, api, [invocation(api, 0, [loss]), lasting(api, 1)])
+    assert api.durations[1] > 0.3
 
 
-def test_a_retry_with_the_same_id_waits_for_its_own_end(shipping):
+def test_a_retry_with_the_same_id_waits_for_its_own_end(shipping, api):
     """Lambda retries an invocation under its old ID, whose end has been noted once already."""
-    asked = []
-    ship(shipping, [invocation(0, after=[records_of(0)]), lasting(asked, 0), shutdown])
-    assert asked == [False]
+    ship(shipping, api, [invocation(api, 0, after=[records_of(0)]), lasting(api, 0)])
+    assert api.durations[1] > 0.3
 
 
 @pytest.mark.parametrize("header", ["", "Content-Length: x\r\n"], ids=["no length", "odd length"])
-def test_an_unreadable_request_does_not_block(shipping, header):
+def test_an_unreadable_request_does_not_block(shipping, api, header):
     """It may have been the one with the end of the invocation."""
 
-    def give(api, connection):
-        invocation(0, [records_of(0, ["platform.start"])])(api, connection)
+    def event(connection):
+        invocation(api, 0, [records_of(0, ["platform.start"])])(connection)
         api.send_raw(f"POST / HTTP/1.1\r\n{header}\r\n".encode())
 
-    assert ship(shipping, [give, shutdown]).count("Telemetry did not arrive: ") == 1
+    assert ship(shipping, api, [event]).count("Telemetry did not arrive: ") == 1
 
 
-def test_a_truncated_request_does_not_block_the_next(batching_with):
+def test_a_truncated_request_does_not_block_the_next(batching_with, api):
     """Here the five seconds for the other half pass within one."""
 
-    def give(api, connection):
+    def event(connection):
         start = time.monotonic()
         assert api.send_raw(b"POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n[") == b""
         assert 0.9 < time.monotonic() - start < 10
-        invocation(0, after=[records_of(0)])(api, connection)
+        invocation(api, 0, after=[records_of(0)])(connection)
 
-    log = ship(batching_with(SHIPPING, speed=5), [give, shutdown])
+    log = ship(batching_with(SHIPPING, speed=5), api, [event])
     assert log.count("Telemetry did not arrive: ") == 1
 
 
-def test_without_telemetry_it_waits_for_a_second(shipping):
+def test_without_telemetry_it_waits_for_a_second(shipping, api):
     """It could have taken an hour."""
-    times = []
-
-    def give(api, connection):
-        times.append(time.monotonic())
-        connection.sendall(invoke_event("0"))
-
-    log = ship(shipping, [give, give, shutdown])
-    assert 0.9 < times[1] - times[0] < 10
-    assert log.count("no sign that invocation 0 has ended") == 2
+    log = ship(shipping, api, [invoke_event("0")])
+    assert 0.9 < api.durations[0] < 10
+    assert log.count("no sign that invocation 0 has ended") == 1
 
 
 @pytest.mark.parametrize("kinds", [[], ["platform.start"]], ids=["not started", "started"])
-def test_returns_before_the_deadline_of_an_invocation(shipping, kinds):
+def test_returns_before_the_deadline_of_an_invocation(shipping, api, kinds):
     """The shortest counts, because a busy machine can only prolong them."""
-    times = []
 
-    def hurried(api, connection):
+    def hurried(connection):
         api.deliver(records_of(0, kinds))
-        times.append(time.monotonic())
         connection.sendall(invoke_event("0", seconds=0.5))
 
-    ship(shipping, [*[hurried] * 5, shutdown])
-    assert min(end - begin for begin, end in pairwise(times)) < 0.5
+    ship(shipping, api, [hurried] * 4)
+    assert min(api.durations) < 0.5
 
 
-def test_what_arrives_around_shutdown_is_sent(batching_with):
+def test_what_arrives_around_shutdown_is_sent(batching_with, api):
     """Some of it arrives when the first records are already on their way to the collector."""
-    apis = []
 
-    def end(api, connection):
-        apis.append(api)
+    def end(connection):
         api.deliver(records_of(0, ["function"] * 2000))
         connection.sendall(SHUTDOWN)
         api.deliver(records_of(1, ["function"] * 2000))
 
     def deliver_another(connection):
-        (api,) = apis
         api.deliver(records_of(2, ["function"]))
         connection.sendall(answer())
 
     with Collector(deliver_another, answers_after(0.2)) as collector:
-        log = ship(batching_with(SHIPPING, SHUTDOWN_SECONDS=20), [end], collector.url)
+        log = ship(batching_with(SHIPPING, SHUTDOWN_SECONDS=20), api, [end], collector.url)
     assert len(collector.records) == 4001
     assert "Records" not in log
 
@@ -285,7 +269,7 @@ def test_what_arrives_around_shutdown_is_sent(batching_with):
         pytest.param(250_000, 10, 0.4, id="a batch takes more than a second"),
     ],
 )
-def test_every_line_arrives_once_at_any_rate_and_size(batching_with, size, number, seconds):
+def test_every_line_arrives_once_at_any_rate_and_size(batching_with, api, size, number, seconds):
     """There are more lines than the buffer holds, so that deliveries have to wait for room."""
     shipping = batching_with(SHIPPING, SHUTDOWN_SECONDS=20)
     texts = [f"{'x' * (size - 100)} {each}" for each in range(number)]
@@ -293,18 +277,18 @@ def test_every_line_arrives_once_at_any_rate_and_size(batching_with, size, numbe
     bodies = [lines_of(texts[first : first + at_once]) for first in range(0, number, at_once)]
     bodies.append(records_of(0, ["platform.runtimeDone"]))
     with Collector(answers_after(seconds)) as collector:
-        log = ship(shipping, [invocation(0, after=bodies), shutdown], collector.url)
+        log = ship(shipping, api, [invocation(api, 0, after=bodies)], collector.url)
     arrived = [record["record"] for record in collector.records if record["type"] == "function"]
     assert sorted(arrived) == sorted(texts)
     assert "Records" not in log
 
 
-def test_a_hanging_collector_delays_few_deliveries(shipping):
+def test_a_hanging_collector_delays_few_deliveries(shipping, api):
     """36,000 lines and the record of the end: each arrives at last, or is counted as dropped."""
     held = []
     lines = lines_of(["x" * 60] * 1000)
 
-    def give(api, connection):
+    def event(connection):
         connection.sendall(invoke_event("0"))
         for _ in range(36):
             start = time.monotonic()
@@ -314,46 +298,43 @@ def test_a_hanging_collector_delays_few_deliveries(shipping):
         api.deliver(records_of(0, ["platform.runtimeDone"]))
 
     with Collector(hangs) as collector:
-        log = ship(shipping, [give, shutdown], collector.url)
+        log = ship(shipping, api, [event], collector.url)
     assert sum(seconds > 0.8 for seconds in held) < len(held) / 3
     arrived = [record for request in collector.requests[1:] for record in request.json]
     assert len(arrived) + counted(log, "dropped") == 36_001
 
 
-def test_sends_the_format_that_extension_py_names(batching_with):
+def test_sends_the_format_that_extension_py_names(batching_with, api):
     """What is no JSON fits into it, too."""
     shipping = batching_with(SHIPPING, format_name="elasticsearch")
     with Collector(answer()) as collector:
-        answers = [invocation(0, after=[records_of(0), b"no JSON"]), shutdown]
-        log = ship(shipping, answers, collector.url)
+        event = invocation(api, 0, after=[records_of(0), b"no JSON"])
+        log = ship(shipping, api, [event], collector.url)
     assert b"".join(request.body for request in collector.requests).count(b"@timestamp") == 5
     assert "Records" not in log  # none was refused, or not sent
 
 
-def test_a_bug_in_a_format_ends_the_extension(batching_with):
+def test_a_bug_in_a_format_ends_the_extension(batching_with, api):
     """The bug is that a variable, which Loki's format needs, is not set."""
     shipping = batching_with(SHIPPING, format_name="loki", BATCH_RECORDS=1)
-
-    def give(connection):
-        connection.sendall(invoke_event("0"))
-        api.deliver(records_of(0))
-
-    with TelemetryApi([give, hangs]) as api:
-        status, _, stderr = run_to_end(shipping, api, COLLECTOR_URL=NOWHERE)
-        (report,) = api.requests_for("exit/error")
+    api.answers["/extension/event/next"] = [invocation(api, 0, after=[records_of(0)]), hangs]
+    status, _, stderr = run_to_end(shipping, api, COLLECTOR_URL=NOWHERE)
+    (report,) = api.requests_for("exit/error")
     assert report.json["errorType"] == "Extension.KeyError"
     assert (status, stderr.count("Traceback")) == (1, 1)
 
 
-def test_managed_instances_send_records_without_an_event(batching_with):
+def test_managed_instances_send_records_without_an_event(batching_with, api):
     """Such instances have no INVOKE event. The test shows what the extension subscribes to, too."""
     shipping = batching_with(SHIPPING, BATCH_SECONDS=0.5)
     environment = {"AWS_LAMBDA_INITIALIZATION_TYPE": "lambda-managed-instances"}
-    with Collector(answer()) as collector, TelemetryApi([hangs]) as api:
-        with started(shipping, api, COLLECTOR_URL=collector.url, **environment):
-            wait_until(lambda: api.requests_for("event/next"))
-            api.deliver(records_of(1))
-            wait_until(lambda: len(collector.records) >= 4)
+    with (
+        Collector(answer()) as collector,
+        started(shipping, api, COLLECTOR_URL=collector.url, **environment),
+    ):
+        wait_until(lambda: api.requests_for("event/next"))
+        api.deliver(records_of(1))
+        wait_until(lambda: len(collector.records) >= 4)
     origin = {"function": None, "version": None}  # without an invocation: many run at once
     assert collector.records == [record | origin for record in records_of(1)]
     assert api.subscription == {
@@ -365,12 +346,12 @@ def test_managed_instances_send_records_without_an_event(batching_with):
 
 
 @pytest.mark.parametrize("status", [202, 404])
-def test_without_a_telemetry_api_it_ships_nothing(shipping, status):
-    with Collector(answer()) as collector, TelemetryApi([invoke_event(), SHUTDOWN], status) as api:
-        code, stdout, stderr = run_to_end(shipping, api, COLLECTOR_URL=collector.url)
-    assert (code, stderr) == (0, "")
+def test_without_a_telemetry_api_it_ships_nothing(shipping, api, status):
+    api.answers["/telemetry"] = [answer(status)]
+    with Collector(answer()) as collector:
+        log = ship(shipping, api, [invoke_event()], collector.url)
     assert collector.requests == []
-    _, line = stdout.splitlines()  # the first one says that it has registered
+    _, line = log.splitlines()  # the first one says that it has registered
     assert "Not shipping logs" in line
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 from extension_process import variant
 from machine import PROGRAMS, ROOT
@@ -31,17 +30,3 @@ def batching_variant(extension, folder, code, speed=1, format_name=None, **setti
 def counted(log, what):
     """The sum of the numbers of records in lines of a log, such as "Records dropped: 5 (…)"."""
     return sum(map(int, re.findall(rf"(?m)^\[{NAME}\] Records {what}: (\d+)", log)))
-
-
-def timed(times, make_answer=None):
-    """An answer that notes the time of the request, and then sends what make_answer() returns.
-
-    Without make_answer it sends nothing.
-    """
-
-    def note_time(connection):
-        times.append(time.monotonic())
-        if make_answer:
-            connection.sendall(make_answer())
-
-    return note_time
