@@ -18,7 +18,7 @@ import yaml
 from engine import assert_confined_as_on_lambda, build, first_base_image
 from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
-from sample import HELLO, NAME, copy_sample, make_evaluating, make_scripted, once
+from sample import HELLO, NAME, copy_sample, make_evaluating, make_scripted
 
 CREDENTIALS = {"AMQP_USERNAME": USERNAME, "AMQP_PASSWORD": PASSWORD}
 FOUR_SECONDS = {"AWS_LAMBDA_FUNCTION_TIMEOUT": "4"}
@@ -128,10 +128,10 @@ def test_without_a_broker_two_http_invocations_run_at_once(start, evaluating):
         assert '"eventType": "SHUTDOWN"' in process.output
 
 
-def test_an_extension_that_died_is_started_again(start, copy, tmp_path):
-    arguments = "-e", f"AT_INVOKE={once(tmp_path, 'os._exit(1)')}"
+def test_an_extension_that_died_is_started_again(start, scripted_copy, tmp_path):
+    arguments = "-e", f"AT_INVOKE=if is_first_time('{tmp_path}/died'): os._exit(1)"
     settings = {"LAMBDA_RUNTIME_API_DAEMON": real_daemon(), "AMQP_URI": "", **FOUR_SECONDS}
-    with start(make_scripted(copy), *arguments, **settings) as process:
+    with start(scripted_copy, *arguments, **settings) as process:
         wait_until(lambda: process.invoke(function=NAME) == HELLO and process.received)
 
 

@@ -280,8 +280,7 @@ def test_a_signal_while_waiting_for_an_event(scripted, signum):
 @pytest.mark.parametrize("where", ["import", "init", "process"])
 def test_a_signal_while_your_code_runs(scripted, where, tmp_path):
     """Your code ends first: a handler must not call process() in the middle of it."""
-    waiting = f"while not os.path.exists('{tmp_path}/end'): time.sleep(0.01)"
-    code = f"log('Begun')\n{waiting}\nlog('Ended')"
+    code = f"wait_for('{tmp_path}/end')"
     events = [invoke_event(do=code)] if where == "process" else []
     environment = {} if events else {f"AT_{where.upper()}": code}
     with FakeLambda(events) as api, started(scripted, api, **environment) as process:
@@ -325,19 +324,15 @@ def test_a_signal_after_lambdas_shutdown(scripted):
 # Threads and child processes of your code.
 
 
-def assert_continues_after(scripted, *codes):
-    """Runs codes, which are lists of lines, each in an event, and then shuts down by a signal.
-
-    Returns what they have logged that starts with "The".
-    """
-    events = [invoke_event(do="\n".join(["import signal", *lines])) for lines in codes]
-    with FakeLambda([*events, hangs]) as api, started(scripted, api) as process:
-        wait_until(lambda: len(api.requests_for("event/next")) > len(events))
+def assert_continues_after(scripted, code, logged):
+    """Asserts that the extension logs this in an invocation, and then waits for the next event."""
+    with FakeLambda([invoke_event(do=code), hangs]) as api, started(scripted, api) as process:
+        wait_until(lambda: len(api.requests_for("event/next")) == 2)
         assert_signal_shuts_down(process)
-        assert len(api.requests_for("event/next")) == len(events) + 1
+        assert len(api.requests_for("event/next")) == 2
         assert len(api.requests_for("register")) == 1
         assert not api.requests_for("exit/error")
-        return re.findall(r"\] (The .*)\n", process.out)
+        assert re.findall(r"\] (The child.*)\n", process.out) == [logged]
 
 
 @pytest.mark.parametrize(
@@ -351,30 +346,15 @@ def assert_continues_after(scripted, *codes):
 )
 def test_a_forked_child_does_not_affect_the_extension(scripted, child, signum, status):
     """It ends as any program does, and neither reports nor requests events."""
-    parent = (
-        "pid = os.fork()",
-        "if pid != 0:",
-        f"    {f'os.kill(pid, signal.{signum})' if signum else 'pass'}",
-        "    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])",
-        "    log(f'The child exited with {status}')",
-        f"else: {child}",
-    )
-    assert assert_continues_after(scripted, parent) == [f"The child exited with {status}"]
+    code = f"fork({child!r}, {signum and f'signal.{signum}'})"
+    assert_continues_after(scripted, code, f"The child exited with {status}")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing_works(scripted, method):
     """One child ends by itself. The other one is terminated as soon as it has started."""
-    code = (
-        "import multiprocessing",
-        f"context = multiprocessing.get_context('{method}')",
-        "ends = context.Process(target=print, args=['Hello from the child'])",
-        "sleeps = context.Process(target=time.sleep, args=[60])",
-        "ends.start(); ends.join()",
-        "sleeps.start(); sleeps.terminate(); sleeps.join()",
-        "log(f'The children exited with {ends.exitcode} and {sleeps.exitcode}')",
-    )
-    assert assert_continues_after(scripted, code) == ["The children exited with 0 and -15"]
+    code = f"start_processes('{method}')"
+    assert_continues_after(scripted, code, "The children exited with 0 and -15")
 
 
 @pytest.mark.parametrize("error", ["", "1 / 0"], ids=["at SHUTDOWN", "after an error"])

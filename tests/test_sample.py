@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from machine import AWS_CREDENTIALS, path_with, processes_of, run, tool, wait_until
 from pages import code_blocks
-from sample import HELLO, NAME, make_scripted, once
+from sample import HELLO, NAME, make_scripted
 
 TIMEOUT = 5  # enough for a cold start on a busy machine
 
@@ -116,9 +116,11 @@ def test_restarts_after_a_function_times_out_or_dies(start, evaluating, do, answ
         ("time.sleep(60)", (f"Task timed out after {TIMEOUT}.00 seconds", 200)),
     ],
 )
-def test_restarts_after_an_extension_fails_or_hangs(start, copy, tmp_path, failure, answer):
-    words = "-e", f"AT_INVOKE={once(tmp_path, failure)}"
-    with start(make_scripted(copy), *words, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as process:
+def test_restarts_after_an_extension_fails_or_hangs(
+    start, scripted_copy, tmp_path, failure, answer
+):
+    words = "-e", f"AT_INVOKE=if is_first_time('{tmp_path}/done'): {failure}"
+    with start(scripted_copy, *words, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as process:
         assert curl(process) == answer
         assert invoke_again(process) == HELLO
         wait_until(lambda: process.output.count("Registered with ID") > 1)

@@ -31,18 +31,6 @@ def replace(file, before, after, count=-1):
     file.write_text(text.replace(before, after, count))
 
 
-def once(folder, statement):
-    """Python code that executes the statement the first time only, in a container or here."""
-    done = repr(str(folder / "done"))
-    lines = [
-        "import os",
-        f"if not os.path.exists({done}):",
-        f"    os.makedirs({done})",
-        f"    {statement}",
-    ]
-    return "\n".join(lines)
-
-
 def rename(sample, name):
     """Renames a copy as the README says."""
     renamed = run(sample / "scripts" / "rename", name)

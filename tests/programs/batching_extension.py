@@ -1,8 +1,9 @@
 """An extension that executes what each event says under "do", and then adds the event to a batch.
 
-It takes the place of extension.py in tests.
+It takes the place of extension.py. The code can call what is defined here.
 """
 
+import threading
 import time
 
 from batches import Batches
@@ -21,6 +22,20 @@ def move_clock(seconds):
     """
     global clock_offset
     clock_offset += seconds
+
+
+def add_in_threads():
+    """Adds 8 times 500 records."""
+
+    def add():
+        for number in range(500):
+            batches.add({"requestId": str(number)})
+
+    threads = [threading.Thread(target=add) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def process(event):
