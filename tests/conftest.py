@@ -31,13 +31,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
-def pytest_make_parametrize_id(val):
-    """Gives each parameter a short name, the same in all processes of pytest-xdist."""
-    if isinstance(val, bytes):
-        val = val[:60]  # some are very long
-    return getattr(val, "__name__", str(val)[:60])
-
-
 @pytest.fixture(scope="session")
 def folder():
     """A temporary folder that any user can read, with a name as users' folders have."""

@@ -4,6 +4,7 @@ These are the AMQP client, Compose and Kubernetes.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,17 @@ import pika
 import pytest
 import yaml
 from engine import assert_confined_as_on_lambda, build, first_base_image
-from machine import ROOT, free_port, post, real_daemon, run, tool, wait_until
+from installation import locked
+from machine import (
+    ROOT,
+    free_port,
+    post,
+    real_daemon,
+    run,
+    skip_except_on_ci,
+    tool,
+    wait_until,
+)
 from rabbitmq import PASSWORD, USERNAME, connect, invoke_by_amqp
 from sample import HELLO, NAME, copy_sample, make_evaluating, make_scripted
 
@@ -135,29 +146,25 @@ def test_an_extension_that_died_is_started_again(start, scripted_copy, tmp_path)
         wait_until(lambda: process.invoke(function=NAME) == HELLO and process.received)
 
 
-class Backlog:
-    """A hundred invocations in a queue; each takes a moment, and returns INSTANCE."""
+def instances_that_respond(channel, queue, after_twenty):
+    """Puts a hundred invocations into a queue, and waits for the responses: each one's INSTANCE.
 
-    def __init__(self, channel, queue):
-        self.channel = channel
-        self.replies = channel.queue_declare("", exclusive=True).method.queue
-        # sleep() returns None, so the value is that of the environment variable.
-        event = b'{"do": "time.sleep(0.05) or os.environ[\'INSTANCE\']"}'
-        for number in range(100):
-            properties = pika.BasicProperties(reply_to=self.replies, correlation_id=str(number))
-            channel.basic_publish("", queue, event, properties)
-
-    def instances_that_respond(self, after_twenty):
-        """Waits for all responses, and calls after_twenty() when there are twenty."""
-        instances = {}
-        messages = self.channel.consume(self.replies, auto_ack=True, inactivity_timeout=60)
-        for method, properties, response in messages:
-            assert method, f"{len(instances)} of 100 responses"
-            instances[properties.correlation_id] = json.loads(response)
-            if len(instances) == 20:
-                after_twenty()
-            if len(instances) == 100:
-                return sorted(set(instances.values()))
+    Calls after_twenty() when there are twenty.
+    """
+    replies = channel.queue_declare("", exclusive=True).method.queue
+    # sleep() returns None, so the value is that of the environment variable.
+    event = b'{"do": "time.sleep(0.05) or os.environ[\'INSTANCE\']"}'
+    for number in range(100):
+        properties = pika.BasicProperties(reply_to=replies, correlation_id=str(number))
+        channel.basic_publish("", queue, event, properties)
+    instances = {}
+    for method, properties, response in channel.consume(replies, True, inactivity_timeout=60):
+        assert method, f"{len(instances)} of 100 responses"
+        instances[properties.correlation_id] = json.loads(response)
+        if len(instances) == 20:
+            after_twenty()
+        if len(instances) == 100:
+            return sorted(set(instances.values()))
 
 
 @pytest.fixture
@@ -201,61 +208,66 @@ def test_a_kubernetes_stop_loses_no_message_and_no_shutdown(rabbitmq, channel, i
     }
     options = [f"--env={key}={value}" for key, value in settings.items()]
     options += [f"--entrypoint={entrypoint}", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL"]
-    docker_run = "docker", "run", "--detach", *options
-    containers = []
-    with contextlib.ExitStack() as stack:
-        for i in INSTANCES:
-            started = run(*docker_run, f"--env=INSTANCE={i}", image_with_daemon, *arguments)
-            containers.append(started.stdout.strip())
-            stack.callback(run, "docker", "rm", "--force", containers[-1])
+    start = "docker", "run", "--detach", *options
+    stop = "docker", "stop", "--time", str(pod["terminationGracePeriodSeconds"])
+    containers = [
+        run(*start, f"--env=INSTANCE={i}", image_with_daemon, *arguments).stdout.strip()
+        for i in INSTANCES
+    ]
+    try:
         wait_until(lambda: count_consumers(rabbitmq, "stopped") == 3)
-        seconds = str(pod["terminationGracePeriodSeconds"])
-        stop = "docker", "stop", "--time", seconds, containers[1]
-        assert Backlog(channel, "stopped").instances_that_respond(lambda: run(*stop)) == INSTANCES
+        stop_one = functools.partial(run, *stop, containers[1])
+        assert instances_that_respond(channel, "stopped", stop_one) == INSTANCES
         assert f"[{NAME}] Shut down\n" in run("docker", "logs", containers[1]).stdout
         # sh has stopped the container, not Kubernetes.
         status = run("docker", "inspect", "--format", "{{.State.ExitCode}}", containers[1]).stdout
         assert int(status) == 128 + signal.SIGTERM
+    finally:
+        run("docker", "rm", "--force", *containers)
 
 
-def compose(*arguments, **environment):
-    """Runs Docker Compose, version 2 or 1, with the example."""
-    command = ["docker", "compose"]
-    if run(*command, "version").returncode != 0:
-        command = [tool("docker-compose")]
-    environment = os.environ | {"BASE_IMAGE": first_base_image()} | environment
-    return run(*command, "--file", EXAMPLES / "compose.yaml", *arguments, env=environment, cwd=ROOT)
+@pytest.fixture
+def composed(rabbitmq_image, stand_in, tmp_path):
+    """Runs the Compose example; returns what the engine says of the function's container."""
+    compose = ["docker", "compose"]
+    if run(*compose, "version").returncode != 0:
+        compose = [tool("docker-compose")]
+    override = tmp_path / "override.yaml"
+    override.write_text(f"services: {{rabbitmq: {{image: '{rabbitmq_image}'}}}}\n")
+    compose += ["--file", EXAMPLES / "compose.yaml", "--file", override]
+    compose += ["--project-name", f"sample-test-{os.getpid()}"]
+    settings = {"AMQP_PASSWORD": PASSWORD, "LAMBDA_RUNTIME_API_DAEMON": stand_in}
+    settings["BASE_IMAGE"] = first_base_image()
+    run_compose = functools.partial(run, *compose, env=os.environ | settings, cwd=ROOT)
+
+    def inspect_function():
+        container = run_compose("ps", "--quiet", "function").stdout.strip()
+        (inspected,) = json.loads(run("docker", "inspect", container).stdout)
+        return inspected
+
+    with locked("port-8080"):
+        for port in 5672, 8080:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                skip_except_on_ci(f"port {port} is in use")
+        try:
+            up = run_compose("up", "--build", "--detach")
+            assert up.returncode == 0, up.stdout + up.stderr
+            wait_until(lambda: inspect_function()["State"]["Health"]["Status"] == "healthy")
+            yield inspect_function()
+        finally:
+            run_compose("down", "--volumes", "--rmi", "local")
 
 
 @pytest.mark.slow
-def test_compose_runs_and_confines_the_function(rabbitmq_image, stand_in, tmp_path):
-    for port in 5672, 8080:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            pytest.skip(f"port {port} is in use")
-    override = tmp_path / "override.yaml"
-    override.write_text(f"services: {{rabbitmq: {{image: '{rabbitmq_image}'}}}}\n")
-    project = "--file", override, "--project-name", f"sample-test-{os.getpid()}"
-    environment = {"AMQP_PASSWORD": PASSWORD, "LAMBDA_RUNTIME_API_DAEMON": stand_in}
-
-    def inspect_function():
-        container = compose(*project, "ps", "--quiet", "function", **environment).stdout.strip()
-        return json.loads(run("docker", "inspect", container).stdout)[0]
-
-    try:
-        up = compose(*project, "up", "--build", "--detach", **environment)
-        assert up.returncode == 0, up.stdout + up.stderr
-        wait_until(lambda: inspect_function()["State"]["Health"]["Status"] == "healthy")
-        url = f"http://127.0.0.1:8080/2015-03-31/functions/{NAME}/invocations"
-        received = json.loads(post(url))["environ"]
-        with connect("127.0.0.1"):  # the broker, with these credentials
-            pass
-        function = inspect_function()
-    finally:
-        compose(*project, "down", "--volumes", "--rmi", "local", **environment)
+def test_compose_runs_and_confines_the_function(composed):
+    url = f"http://127.0.0.1:8080/2015-03-31/functions/{NAME}/invocations"
+    received = json.loads(post(url))["environ"]
     assert received["AWS_LAMBDA_FUNCTION_NAME"] == NAME
     assert received["AMQP_URI"] == f"amqp://rabbitmq:5672?{AMQP_PARAMETERS}"
     assert CREDENTIALS.items() <= received.items()
-    assert_confined_as_on_lambda(function)
+    with connect("127.0.0.1"):  # the broker accepts them
+        pass
+    assert_confined_as_on_lambda(composed)
 
 
 @pytest.fixture
@@ -336,6 +348,7 @@ def test_the_client_gives_up_on_a_silent_broker():
         ("amqp://user:secret/@localhost", "AMQP_URI must have the form amqp://"),
         ("secret@localhost", "AMQP_URI must have the form amqp://"),
     ],
+    ids=["no queue", "wrong password", "no broker", "no such host", "unquoted slash", "no scheme"],
 )
 def test_the_client_fails_with_one_line_and_no_password(rabbitmq, uri, message):
     places = {"broker": rabbitmq, "port": free_port()}

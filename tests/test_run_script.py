@@ -15,7 +15,18 @@ from pathlib import Path
 
 import pytest
 from engine import DEFAULT_BASE_IMAGE, assert_confined_as_on_lambda, first_base_image
-from machine import fastest, free_port, path_with, path_without, processes_of, run, tool, wait_until
+from installation import locked
+from machine import (
+    fastest,
+    free_port,
+    path_with,
+    path_without,
+    processes_of,
+    run,
+    skip_except_on_ci,
+    tool,
+    wait_until,
+)
 from running import running
 from sample import HELLO, NAME
 
@@ -104,9 +115,10 @@ def test_builds_and_runs_with_docker_as_documented(sample, tmp_path):
     program = 'echo "docker $*" "${BUILDX_BUILDER-own builder}"'
     environment = {name: value for name, value in os.environ.items() if name != "BASE_IMAGE"}
     environment |= {"PATH": path_with(tmp_path, {"docker": program}), "BUILDX_BUILDER": "other"}
-    ran = run(sample / f"{NAME}.sh", "--docker", env=environment)
+    with locked("port-8080"):
+        ran = run(sample / f"{NAME}.sh", "--docker", env=environment)
     if "port 8080 is in use" in ran.stderr:
-        pytest.skip("port 8080 is in use on this machine")
+        skip_except_on_ci("port 8080 is in use")
     build, start = [line for line in ran.stdout.splitlines() if line.startswith("docker ")]
     base_image = f"--build-arg BASE_IMAGE={DEFAULT_BASE_IMAGE}"
     assert build == f"docker build {base_image} --tag {NAME} . own builder"

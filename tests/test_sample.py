@@ -95,6 +95,7 @@ def test_one_extension_logs_each_of_a_hundred_invocations(start, sample, shared)
         ("time.sleep(60)", f"Task timed out after {TIMEOUT}.00 seconds", "Timeout"),
         ("os._exit(3)", "Runtime.ExitError", "ReleaseFail"),
     ],
+    ids=["times out", "dies"],
 )
 def test_restarts_after_a_function_times_out_or_dies(start, evaluating, do, answer, reason):
     with start(evaluating, AWS_LAMBDA_FUNCTION_TIMEOUT=str(TIMEOUT)) as process:
@@ -115,6 +116,7 @@ def test_restarts_after_a_function_times_out_or_dies(start, evaluating, do, answ
         ("time.sleep(1); sys.exit()", (json.dumps(HELLO), 502)),
         ("time.sleep(60)", (f"Task timed out after {TIMEOUT}.00 seconds", 200)),
     ],
+    ids=["fails", "hangs"],
 )
 def test_restarts_after_an_extension_fails_or_hangs(
     start, scripted_copy, tmp_path, failure, answer

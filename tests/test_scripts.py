@@ -69,6 +69,7 @@ def test_renaming_twice_changes_nothing_else(folder, copy):
         ("tests", "tests exists already"),
         ("logs", "uses the word 'logs'; choose another, such as logs-extension"),
     ],
+    ids=["upper case", "underscore", "empty", "a folder", "a word of the text"],
 )
 def test_rename_refuses_a_name_with_one_line(copy, name, reason):
     before = texts(copy)
