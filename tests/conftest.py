@@ -122,7 +122,7 @@ def extension(folder):
 
 @pytest.fixture(scope="session")
 def scripted(extension, folder):
-    """The same with scripted_extension.py, which runs the code that it is given."""
+    """The main.py of an extension that runs the code that it is given: scripted_extension.py."""
     code = (PROGRAMS / "scripted_extension.py").read_text()
     return variant(extension, folder / "scripted", {"extension.py": code})
 

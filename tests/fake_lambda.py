@@ -33,7 +33,10 @@ def answer(status=200, body: object = b"", **headers):
 
 
 def invoke_event(request_id="request-1", seconds=3600, **more):
-    """The event of an invocation that must end so many seconds later."""
+    """The answer that brings the event of an invocation, which must end so many seconds later.
+
+    The event has these further keys, such as "do" for a scripted extension.
+    """
     deadline = int((time.time() + seconds) * 1000)
     event = {"eventType": "INVOKE", "requestId": request_id, "deadlineMs": deadline}
     return answer(body=event | more)
@@ -49,6 +52,7 @@ def hangs(connection):
     """Gives no answer."""
 
 
+# Answers.
 REGISTERED = answer(body={"functionName": "f"}, Lambda_Extension_Identifier=IDENTIFIER)
 ACCEPTED = answer(202)
 SHUTDOWN = answer(

@@ -27,15 +27,19 @@ NEXT = "/2020-01-01/extension/event/next"
 
 
 def assert_fails_with_one_line(extension, api, *words, **environment):
-    """Asserts that the extension exits with 1, and prints one line, with these words in it."""
-    status, _, stderr = run_to_end(extension, api, **environment)
+    """Asserts that the extension exits with 1, without SHUTDOWN, and prints one line.
+
+    That line has these words in it.
+    """
+    status, stdout, stderr = run_to_end(extension, api, **environment)
     assert status == 1
+    assert "SHUTDOWN" not in stdout
     assert re.fullmatch(rf"\[{NAME}\] .*\n", stderr), stderr
     assert all(word in stderr for word in words), stderr
 
 
 def only_report(api, phase="exit"):
-    """The only report of an error that the API got, from JSON."""
+    """Asserts that the API got one report of an error, with the right headers; returns its JSON."""
     (request,) = [request for request in api.requests if request.path.endswith("/error")]
     assert (request.method, request.path) == ("POST", f"/2020-01-01/extension/{phase}/error")
     assert request.headers["Lambda-Extension-Identifier"] == IDENTIFIER
@@ -53,7 +57,7 @@ def ends_after(content):
     return send
 
 
-# At the start.
+# At the start, when …
 
 
 def test_aws_lambda_runtime_api_is_not_set(extension):
@@ -110,7 +114,7 @@ def test_sys_exit_shows_its_reason_alone(scripted):
     assert report["stackTrace"] == []
 
 
-# The Extensions API.
+# With the Extensions API, when …
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_sys_exit_shows_its_reason_alone(scripted):
         pytest.param(NOT_TODAY, ["status 403", "Extension.SomeReason", "not today"], id="refused"),
         pytest.param(answer(302, Location="http://127.0.0.1:1/"), ["status 302"], id="redirected"),
         pytest.param(answer(body=b"two\nlines"), [": JSONDecodeError: "], id="no JSON"),
-        pytest.param(answer(500, b"two\nlines"), [r"'two\nlines'"], id="of two lines"),
+        pytest.param(answer(500, b"two\nlines"), [r"'two\nlines'"], id="an error of two lines"),
         pytest.param(answer(body={}), [": KeyError: 'eventType'"], id="no event"),
         pytest.param(resets, [": ConnectionError: "], id="reset"),
         pytest.param(
@@ -159,7 +163,7 @@ def test_a_report_that_fails_does_not_hide_the_error(extension, report):
         assert len(api.requests_for("exit/error")) == 1
 
 
-# Your code, and what surrounds it.
+# In your code, when …
 
 
 @pytest.mark.parametrize(
@@ -173,10 +177,11 @@ def test_a_report_that_fails_does_not_hide_the_error(extension, report):
 def test_an_exception_in_process(scripted, do, name, message):
     """It is reported with its stack trace, and the extension requests no further event."""
     with FakeLambda([invoke_event(do=do), SHUTDOWN]) as api:
-        status, _, stderr = run_to_end(scripted, api)
+        status, stdout, stderr = run_to_end(scripted, api)
         report = only_report(api)
         assert len(api.requests_for("event/next")) == 1
     assert status == 1
+    assert "SHUTDOWN" not in stdout
     assert report["errorType"] == f"Extension.{name}"
     assert report["errorMessage"] == message
     assert any("in process" in line for line in report["stackTrace"])
@@ -195,10 +200,21 @@ def test_an_exception_in_process_at_shutdown(scripted):
 
 
 def test_process_may_modify_the_event(scripted):
-    with FakeLambda([invoke_event(do="event.clear()"), SHUTDOWN]) as api:
-        status, _, _ = run_to_end(scripted, api, AT_SHUTDOWN="event.clear()")
-        assert status == 0
-        assert len(api.requests_for("event/next")) == 2
+    code = "event.clear(); log(f'The event is {event}')"
+    with FakeLambda([invoke_event(do=code), SHUTDOWN]) as api:
+        status, stdout, stderr = run_to_end(scripted, api, AT_SHUTDOWN=code)
+    assert (status, stderr) == (0, "")
+    assert stdout.count("The event is {}") == 2
+
+
+@pytest.mark.parametrize("error", ["", "1 / 0"], ids=["at SHUTDOWN", "after an error"])
+def test_threads_of_your_code_do_not_delay_the_exit(scripted, error):
+    code = f"import threading; threading.Thread(target=time.sleep, args=[60]).start(); {error}"
+    with FakeLambda([invoke_event(do=code), SHUTDOWN]) as api:
+        start = time.monotonic()
+        status, _, _ = run_to_end(scripted, api)
+        assert time.monotonic() - start < 30  # not the thread's 60
+    assert status == (1 if error else 0)
 
 
 def test_the_error_is_printed_before_it_is_reported(scripted):
@@ -213,8 +229,9 @@ def test_the_error_is_printed_before_it_is_reported(scripted):
 
 def test_your_code_may_close_standard_output(scripted):
     with FakeLambda([invoke_event(do="sys.stdout.close()"), SHUTDOWN]) as api:
-        status, _, stderr = run_to_end(scripted, api)
+        status, stdout, stderr = run_to_end(scripted, api)
     assert (status, stderr) == (0, "")
+    assert "SHUTDOWN" not in stdout  # it could not be logged
 
 
 @pytest.mark.parametrize("output", [">/dev/full", "> >(:)"], ids=["full disk", "closed pipe"])
@@ -246,7 +263,7 @@ def test_ignores_the_functions_environment(extension, tmp_path):
     assert not any("Authorization" in request.headers for request in api.requests)
 
 
-# Signals.
+# SIGTERM or SIGINT comes …
 
 
 def assert_signal_shuts_down(process, signum=signal.SIGTERM):
@@ -321,7 +338,7 @@ def test_a_signal_after_lambdas_shutdown(scripted):
             assert_signal_shuts_down(process)
 
 
-# Threads and child processes of your code.
+# In your code, when it has child processes …
 
 
 def assert_continues_after(scripted, code, logged):
@@ -355,13 +372,3 @@ def test_multiprocessing_works(scripted, method):
     """One child ends by itself. The other one is terminated as soon as it has started."""
     code = f"start_processes('{method}')"
     assert_continues_after(scripted, code, "The children exited with 0 and -15")
-
-
-@pytest.mark.parametrize("error", ["", "1 / 0"], ids=["at SHUTDOWN", "after an error"])
-def test_threads_of_your_code_do_not_delay_the_exit(scripted, error):
-    code = f"import threading; threading.Thread(target=time.sleep, args=[60]).start(); {error}"
-    with FakeLambda([invoke_event(do=code), SHUTDOWN]) as api:
-        start = time.monotonic()
-        status, _, _ = run_to_end(scripted, api)
-        assert time.monotonic() - start < 30  # not the thread's 60
-    assert status == (1 if error else 0)

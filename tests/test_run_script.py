@@ -82,20 +82,11 @@ def test_explains_what_it_lacks_without_docker(sample, tmp_path, programs, argum
 @pytest.mark.parametrize(
     ("docker", "shown", "reason"),
     [
-        pytest.param(None, "", "there is no docker command", id="no command"),
-        pytest.param(
-            "echo Client; echo permission denied >&2; exit 1",
-            "permission denied\n",
-            "no Docker engine answers",
-            id="no engine",
-        ),
-        pytest.param(
-            "[ $1 = version ]",
-            "",
-            "the base image no/image cannot be pulled",
-            id="no base image",
-        ),
+        (None, "", "there is no docker command"),
+        ("echo Client; echo denied >&2; exit 1", "denied\n", "no Docker engine answers"),
+        ("[ $1 = version ]", "", "the base image no/image cannot be pulled"),
     ],
+    ids=["no command", "no engine", "no base image"],
 )
 def test_falls_back_and_says_why_unless_docker_is_asked_for(
     installed_sample, tmp_path, docker, shown, reason

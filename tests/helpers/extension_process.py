@@ -23,9 +23,9 @@ class ExtensionProcess(LoggedProcess):
 
 
 def started(extension, api, prefix=(), **environment):
-    """Starts the extension as its launcher does, with these variables and a PATH.
+    """Starts the extension in / as its launcher does, with these variables and a PATH.
 
-    The API is a FakeLambda, an address, or None. The prefix is a command that starts the extension.
+    The API is a FakeLambda, an address, or None. The words of the prefix precede the command.
     """
     environment = {"PATH": os.environ["PATH"]} | environment
     if api:

@@ -12,11 +12,12 @@ import sys  # noqa: F401
 import threading
 import time
 
+import lifecycle
 from lifecycle import log
 
 
-def do(what, event=None):
-    exec(what or "", {**globals(), "event": event})  # noqa: S102
+def execute(code, event=None):
+    exec(code or "", {**globals(), "event": event})  # noqa: S102
 
 
 def is_first_time(folder):
@@ -28,6 +29,8 @@ def is_first_time(folder):
 
 
 def wait_for(file):
+    """Waits until the file exists. After a signal, a busy machine may take long for the rest."""
+    lifecycle.SHUTDOWN_SECONDS = 60
     log("Begun")
     while not os.path.exists(file):
         time.sleep(0.01)
@@ -73,16 +76,16 @@ def start_processes(method):
     log(f"The children exited with {ends.exitcode} and {sleeps.exitcode}")
 
 
-do(os.environ.get("AT_IMPORT"))
+execute(os.environ.get("AT_IMPORT"))
 
 
 def init():
-    do(os.environ.get("AT_INIT"))
+    execute(os.environ.get("AT_INIT"))
 
 
 def process(event):
     log(f"Received event: {json.dumps(event)}")
     event_type = event["eventType"]  # now, because the code may change the event
-    do(event.get("do"), event)
-    do(os.environ.get(f"AT_{event_type}"), event)
+    execute(event.get("do"), event)
+    execute(os.environ.get(f"AT_{event_type}"), event)
     log("Done")
