@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from machine import PROGRAMS, processes_of, wait_until
+from machine import PROGRAMS, processes_of, run, skip_except_on_ci, wait_until
 from running import running
 from sample import HELLO, NAME, copy_sample
 
@@ -28,11 +28,10 @@ def fresh(folder):
 
 
 def owned_by_user(copy):
-    """Gives a copy to the user of AS_USER, and with it what has been installed for the tests."""
-    for link in copy.glob(f".run/{NAME}-*"):
-        installed = link.resolve()
-        link.unlink()
-        shutil.copytree(installed, link, symlinks=True)
+    """Gives a copy to the user of AS_USER, who cannot enter root's home, where Python may be."""
+    if run(*AS_USER, "python3", "-m", "pip", "--version", cwd="/").returncode != 0:
+        skip_except_on_ci("an ordinary user has no Python with pip here")
+    shutil.rmtree(copy / ".run", ignore_errors=True)
     for path in [copy, *copy.rglob("*")] if IS_ROOT else []:
         os.chown(path, 12345, 12345, follow_symlinks=False)
     return copy
