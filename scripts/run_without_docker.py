@@ -30,6 +30,9 @@ RUNS = SAMPLE / ".run"
 # Not a link to it: a venv created through a link looks for the standard library next to the link.
 PYTHON = os.path.realpath(sys.executable)
 
+# Precedes a command, which the kernel then ends when the process that has started it ends.
+END_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
+
 # A shell's code. It shows the folder $0 as /opt, with this machine's own /opt in .machine below it,
 # and then becomes a command.
 SHOW_OPT = 'mount --rbind /opt "$0/.machine" && mount --rbind "$0" /opt && exec "$@"'
@@ -46,7 +49,8 @@ def pip_install(pins: Path, target: Path) -> None:
     options = ["--no-deps", "--require-hashes", "--target", target, "--requirement", pins]
     # The user may have set these two for pip, and neither fits --target.
     environment = os.environ | {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
-    installed = subprocess.run([*pip, *options], env=environment, check=False)
+    command = [*END_WITH_PARENT, *pip, *options]
+    installed = subprocess.run(command, env=environment, check=False)
     if installed.returncode != 0:
         sys.exit(f"{NAME}: pip failed; see above. If pip is missing: apt-get install python3-pip")
 
@@ -67,7 +71,8 @@ def install() -> Path:
     with tempfile.TemporaryDirectory(prefix="new.", dir=RUNS) as folder:
         new = Path(folder, "new")
         # The function's packages go into a virtual environment, which hides this machine's.
-        subprocess.run([PYTHON, "-E", "-m", "venv", "--without-pip", new / "python"], check=True)
+        venv = [PYTHON, "-E", "-m", "venv", "--without-pip", new / "python"]
+        subprocess.run([*END_WITH_PARENT, *venv], check=True)
         (site_packages,) = new.glob("python/lib/python*/site-packages")
         pip_install(function_pins, site_packages)
         pip_install(extension_pins, new / "extension")
@@ -164,8 +169,8 @@ def main() -> None:
     command, settings = emulator(installed, address, port)
     entrypoint = copy_script(SAMPLE / "lambda-entrypoint.sh", folder)
     (handler,) = re.findall(r'(?m)^CMD.*"(.*)"', (SAMPLE / "Dockerfile").read_text())
-    # If the emulator is killed, the kernel kills the runtime. The extension notices by itself.
-    runtime = ["setpriv", "--pdeathsig", "KILL", entrypoint, handler]
+    # The extension notices by itself that the emulator has ended.
+    runtime = [*END_WITH_PARENT, entrypoint, handler]
     command = [*words_that_show_opt(folder / "opt"), *command, *runtime]
     environment = environment_of(words, installed) | settings
     say(greeting)

@@ -1,7 +1,9 @@
 """The extension as a process, with an Extensions API that the test controls."""
 
 import json
+import os
 import re
+import signal
 
 import pytest
 from extension_process import run_to_end, started, variant
@@ -66,12 +68,21 @@ def test_registers_by_name_and_requests_events_by_identifier(extension):
     assert requested == [("GET", "/2020-01-01/extension/event/next", IDENTIFIER)] * 3
 
 
-def test_managed_instances_send_shutdown_alone(extension):
+@pytest.mark.parametrize(
+    ("initialization_type", "events"),
+    [
+        ("on-demand", ["INVOKE", "SHUTDOWN"]),
+        ("provisioned-concurrency", ["INVOKE", "SHUTDOWN"]),
+        ("snap-start", ["INVOKE", "SHUTDOWN"]),
+        ("lambda-managed-instances", ["SHUTDOWN"]),  # which refuse INVOKE
+    ],
+)
+def test_registers_for_the_events_that_lambda_sends(extension, initialization_type, events):
     with FakeLambda([SHUTDOWN]) as api:
-        managed = {"AWS_LAMBDA_INITIALIZATION_TYPE": "lambda-managed-instances"}
-        status, _, _ = run_to_end(extension, api, **managed)
+        environment = {"AWS_LAMBDA_INITIALIZATION_TYPE": initialization_type}
+        status, _, _ = run_to_end(extension, api, **environment)
     assert status == 0
-    assert api.requests_for("register")[0].json == {"events": ["SHUTDOWN"]}
+    assert api.requests_for("register")[0].json == {"events": events}
 
 
 def test_registers_before_it_imports_extension_py(scripted):
@@ -184,6 +195,18 @@ def test_launcher_withholds_the_functions_variables(tmp_path):
     ran = run(ROOT / "extensions" / NAME, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert re.findall(r"(?m)^(\w+)=set$", ran.stdout) == ["AWS_LAMBDA_FUNCTION_NAME"]
+
+
+def test_launcher_ends_the_daemons_runtime_when_the_extension_ends():
+    """The Daemon, which sets _INSTANCE, does not, and may have suspended the runtime.
+
+    Here the runtime is a shell's child. The extension ends at once: it is not in /opt.
+    """
+    shell = 'sleep 60 & kill -STOP $! && "$0"; wait'
+    environment = os.environ | {"_INSTANCE": "1"}
+    group = {"start_new_session": True, "timeout": 30}
+    ended = run("sh", "-c", shell, ROOT / "extensions" / NAME, env=environment, **group)
+    assert ended.returncode == -signal.SIGTERM
 
 
 def test_secrets_example_fetches_again_when_the_secret_is_old(extension, tmp_path):

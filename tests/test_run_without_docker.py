@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fake_lambda import ScriptedServer, hangs
 from machine import PROGRAMS, processes_of, run, skip_except_on_ci, wait_until
 from running import running
 from sample import HELLO, NAME, copy_sample
@@ -47,14 +48,26 @@ def running_without_mounts(copy, opt, **options):
     return running(copy, "--no-docker", command=command, OPT=str(opt), **options)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def installing(fresh):
+    """A first run, while pip waits for an index."""
+    with ScriptedServer({"": [hangs]}) as index:
+        settings = {"PIP_INDEX_URL": f"http://{index.address}/"}
+        with running(fresh, "--no-docker", wait=False, **settings) as process:
+            wait_until(lambda: index.requests)
+            yield process
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_installation_leaves_nothing(fresh, signum):
-    with running(fresh, "--no-docker", wait=False) as process:
-        wait_until(lambda: list(fresh.glob(".run/new.*/new/python")))
-        assert process.stop(signum) == 130
-        wait_until(lambda: not processes_of(fresh))
+def test_an_interrupted_installation_leaves_nothing(fresh, installing, signum):
+    assert installing.stop(signum) == 130
+    wait_until(lambda: not processes_of(fresh), 10)
     assert os.listdir(fresh / ".run") == []
+
+
+def test_a_killed_installation_ends_pip(fresh, installing):
+    installing.kill()
+    wait_until(lambda: not processes_of(fresh), 10)
 
 
 @pytest.mark.slow
