@@ -268,6 +268,8 @@ def test_compose_runs_and_confines_the_function(composed):
     with connect("127.0.0.1"):  # the broker accepts them
         pass
     assert_confined_as_on_lambda(composed)
+    (published,) = composed["HostConfig"]["PortBindings"]["8080/tcp"]
+    assert published["HostIp"] == "127.0.0.1"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import uuid
 import pytest
 from engine import BASE_IMAGES, assert_runs, build
 from fake_lambda import ScriptedServer, answer
-from machine import PROGRAMS, run, skip_except_on_ci
+from machine import PROGRAMS, path_with, run, skip_except_on_ci
 from pages import PAGES, code_blocks
 from sample import NAME, replace
 
@@ -79,6 +79,16 @@ def test_any_user_can_run_an_image_from_any_checkout(copy, base_image):
     assert_runs(image, *options, "--user", "12345:54321")
 
 
+def test_finds_python_in_aws_base_images(image, tmp_path):
+    """It is in /var/lang/bin. Here a stand-in is there, which says what it is to run."""
+    path_with(tmp_path, {"python3": 'echo "$@"'})
+    tmp_path.chmod(0o755)
+    options = f"--volume={tmp_path}:/var/lang/bin:ro", "--env=PATH=/nowhere"
+    launcher = f"--entrypoint=/opt/extensions/{NAME}"
+    ran = run("docker", "run", "--rm", *options, launcher, image)
+    assert ran.stdout.endswith(f"-u /opt/{NAME}/main.py\n")
+
+
 def test_has_ca_certificates(image):
     count = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
     assert int(run_inside(image, f'python3 -c "{count}"')) > 100
@@ -147,16 +157,15 @@ def test_the_function_can_be_a_package(copy, base_image):
 
 
 def test_editing_code_does_not_reinstall_dependencies(copy, base_image):
-    def install_times():
+    def install_times_after_an_edit():
+        for code in "lambda_function.py", f"{NAME}/extension.py":
+            with (copy / code).open("a") as file:
+                file.write(f"# {uuid.uuid4()}\n")  # unknown to the engine's cache
         image = build(copy, "edited", base_image)
         packages = f"/opt/{NAME}/requests/api.py /var/task/awslambdaric/bootstrap.py"
         return run_inside(image, f"stat -c %Y {packages} /usr/local/bin/aws-lambda-rie")
 
-    before = install_times()
-    for code in "lambda_function.py", f"{NAME}/extension.py":
-        with (copy / code).open("a") as file:
-            file.write(f"# {uuid.uuid4()}\n")  # unknown to the cache, also when the test runs again
-    assert install_times() == before
+    assert install_times_after_an_edit() == install_times_after_an_edit()
 
 
 def test_lock_files_without_hashes_are_rejected(copy, base_image):

@@ -168,15 +168,16 @@ def test_a_layer_with_compiled_code_is_refused_and_none_is_left(copy, tmp_path):
     assert not (copy / "layer.zip").exists()
 
 
-def test_update_pins_writes_every_lock_file_by_default(copy, tmp_path):
+@pytest.mark.parametrize("files", [[], ["requirements.in", f"{NAME}/requirements.in"]])
+def test_update_pins_writes_the_named_lock_files_or_all(copy, tmp_path, files):
     """Here uv only logs its arguments, the last of which is the file to read."""
     log = tmp_path / "uv.log"
     path = path_with(tmp_path, {"uv": f'echo "$*" >>"{log}"'})
-    ran = run(copy / "scripts" / "update-pins", env=os.environ | {"PATH": path})
+    ran = run(copy / "scripts" / "update-pins", *files, env=os.environ | {"PATH": path})
     assert ran.returncode == 0, ran.stderr
     read = [line.split()[-1] for line in log.read_text().splitlines()]
-    sources = [path.relative_to(copy).as_posix() for path in copy.rglob("requirements*.in")]
-    assert sorted(read) == sorted(sources)
+    every = [path.relative_to(copy).as_posix() for path in copy.rglob("requirements*.in")]
+    assert sorted(read) == sorted(files or every)
 
 
 @pytest.mark.slow

@@ -373,6 +373,7 @@ def test_telemetry_arrives_from_the_emulator(evaluating, engine):
             # The first ones meet unready workers.
             wait_until(lambda: list(pool.map(invoke, events)) == [2] * 4)
         assert process.stop() == 0
+        assert "Failed sending Kill signal" not in process.output
         assert re.search(r" Records not sent yet: [1-9]\d* \(ConnectionError\)", process.output)
 
 
