@@ -88,7 +88,7 @@ def image(sample, base_image):
 
 @pytest.fixture(scope="session", params=["no-docker", "docker"])
 def start(request):
-    """Runs the sample, without Docker and in Docker: `with start(copy) as it`."""
+    """Runs the sample, without Docker and in Docker: `with start(copy) as process`."""
     if request.param == "docker":
         request.getfixturevalue("engine")
         return WayToRun("--docker", "host.docker.internal", BASE_IMAGE=first_base_image())

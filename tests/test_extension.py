@@ -197,7 +197,7 @@ def test_launcher_withholds_the_functions_variables(tmp_path):
     assert re.findall(r"(?m)^(\w+)=set$", ran.stdout) == ["AWS_LAMBDA_FUNCTION_NAME"]
 
 
-def test_launcher_ends_the_daemons_runtime_when_the_extension_ends():
+def test_launcher_ends_the_daemons_runtime_with_the_extension():
     """The Daemon, which sets _INSTANCE, does not, and may have suspended the runtime.
 
     Here the runtime is a shell's child. The extension ends at once: it is not in /opt.

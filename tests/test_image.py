@@ -66,7 +66,7 @@ def test_stray_and_hidden_files_stay_out(copy, base_image):
 
 
 def test_any_user_can_run_an_image_from_any_checkout(copy, base_image):
-    """Windows line ends, and files that nobody else may read, as under a strict umask."""
+    """Windows line endings, and files that nobody else may read, as under a strict umask."""
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
         if path.is_file() and b"\r\n" not in (text := path.read_bytes()):

@@ -127,7 +127,7 @@ def test_a_folder_of_another_user_fails_with_one_line(fresh):
 
 @pytest.mark.usefixtures("installed_sample")
 def test_runs_from_a_zip_file(copy):
-    """Execute bits get lost there, and git on Windows may have changed the ends of lines."""
+    """Execute bits get lost there, and git on Windows may have changed the line endings."""
     for file in copy.rglob("*"):
         if file.is_file() and ".run" not in file.parts:
             file.chmod(0o644)

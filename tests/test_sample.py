@@ -1,7 +1,4 @@
-"""The sample in Docker and without.
-
-Every way to invoke it, what a function can do to it, and another name for it.
-"""
+"""The sample, in Docker and without: ways to invoke it, and what can happen to it."""
 
 import contextlib
 import http.client

@@ -305,7 +305,7 @@ def test_a_hanging_collector_delays_few_deliveries(shipping, api):
 
 
 def test_sends_the_format_that_extension_py_names(batching_with, api):
-    """What is no JSON fits into it, too."""
+    """Text that is not JSON fits into the format, too."""
     shipping = batching_with(SHIPPING, format_name="elasticsearch")
     with Collector(answer()) as collector:
         event = invocation(api, 0, after=[records_of(0), b"no JSON"])
@@ -315,7 +315,7 @@ def test_sends_the_format_that_extension_py_names(batching_with, api):
 
 
 def test_a_bug_in_a_format_ends_the_extension(batching_with, api):
-    """The bug is that a variable, which Loki's format needs, is not set."""
+    """Here, a variable that Loki's format needs is not set."""
     shipping = batching_with(SHIPPING, format_name="loki", BATCH_RECORDS=1)
     api.answers["/extension/event/next"] = [invocation(api, 0, after=[records_of(0)]), hangs]
     status, _, stderr = run_to_end(shipping, api, COLLECTOR_URL=NOWHERE)

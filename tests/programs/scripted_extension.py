@@ -21,7 +21,7 @@ def execute(code, event=None):
 
 
 def is_first_time(folder):
-    """Whether no extension has been asked this before. It makes that folder, to remember."""
+    """Whether this is the first call with that folder, which it creates in order to remember."""
     if os.path.exists(folder):
         return False
     os.makedirs(folder)
@@ -29,7 +29,7 @@ def is_first_time(folder):
 
 
 def wait_for(file):
-    """Waits until the file exists. After a signal, a busy machine may take long for the rest."""
+    """Waits until the file exists. What follows a signal may then take long on a busy machine."""
     lifecycle.SHUTDOWN_SECONDS = 60
     log("Begun")
     while not os.path.exists(file):
