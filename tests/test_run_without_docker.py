@@ -20,6 +20,8 @@ IS_ROOT = os.geteuid() == 0
 # as an ordinary user.
 IN_NAMESPACE = ["unshare", "--mount"] if IS_ROOT else ["unshare", "--mount", "--map-root-user"]
 AS_USER = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"] if IS_ROOT else []
+# What root's PATH names may be in root's home, which nobody else can enter.
+USER_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"} if IS_ROOT else {}
 
 
 @pytest.fixture
@@ -29,8 +31,9 @@ def fresh(folder):
 
 
 def owned_by_user(copy):
-    """Gives a copy to the user of AS_USER, who cannot enter root's home, where Python may be."""
-    if run(*AS_USER, "python3", "-m", "pip", "--version", cwd="/").returncode != 0:
+    """Gives a copy to the user of AS_USER, who may have another Python than these tests."""
+    options = {"env": os.environ | USER_ENVIRONMENT, "cwd": "/"}
+    if run(*AS_USER, "python3", "-m", "pip", "--version", **options).returncode != 0:
         skip_except_on_ci("an ordinary user has no Python with pip here")
     shutil.rmtree(copy / ".run", ignore_errors=True)
     for path in [copy, *copy.rglob("*")] if IS_ROOT else []:
@@ -74,8 +77,8 @@ def test_a_killed_installation_ends_pip(fresh, installing):
 def test_two_first_runs_at_once_do_not_hurt_each_other(fresh):
     command = [*AS_USER, script(owned_by_user(fresh))]
     with (
-        running(fresh, "--no-docker", wait=False, command=command, HOME="/") as one,
-        running(fresh, "--no-docker", command=command, HOME="/") as other,
+        running(fresh, "--no-docker", wait=False, command=command, **USER_ENVIRONMENT) as one,
+        running(fresh, "--no-docker", command=command, **USER_ENVIRONMENT) as other,
     ):
         one.wait_until_ready()
         for process in one, other:
@@ -119,7 +122,7 @@ def test_writes_nothing_outside_its_ignored_folder(fresh, tmp_path):
 @pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
 def test_a_folder_of_another_user_fails_with_one_line(fresh):
     command = [*AS_USER, script(fresh)]
-    with running(fresh, "--no-docker", wait=False, command=command) as process:
+    with running(fresh, "--no-docker", wait=False, command=command, **USER_ENVIRONMENT) as process:
         assert process.wait(60) == 1
     assert process.output.startswith(f"{NAME}: cannot run here: [Errno 13] Permission denied: ")
     assert process.output.count("\n") == 1
@@ -157,8 +160,9 @@ def test_a_killed_run_ends_its_processes_and_the_next_one_works(evaluating):
 def test_what_is_mounted_below_opt_stays_visible(evaluating, user):
     """Another extension of this machine stays out."""
     copy = owned_by_user(evaluating) if user else evaluating
+    environment = USER_ENVIRONMENT if user else {}
     command = [*IN_NAMESPACE, PROGRAMS / "with_mount_below_opt.sh", *user, script(copy)]
-    with running(copy, "--no-docker", command=command) as process:
+    with running(copy, "--no-docker", command=command, **environment) as process:
         assert process.invoke({"do": "open('/opt/mounted/file').read()"}) == "mounted\n"
         assert {NAME, "extensions", "mounted"} <= {*process.invoke({"do": "os.listdir('/opt')"})}
         assert process.invoke({"do": "os.listdir('/opt/extensions')"}) == [NAME]
