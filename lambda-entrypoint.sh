@@ -14,7 +14,7 @@ fi
 # `python3 -m` imports the function and its dependencies from the working directory.
 cd "${LAMBDA_TASK_ROOT:-.}" || exit
 
-# The function's PATH may lack Python, and the emulator.
+# The function's PATH may lack Python and the emulator.
 export PATH="${PATH:+$PATH:}/usr/local/bin:/usr/bin:/bin"
 
 # "$@" becomes the command to run. It is put together from back to front.

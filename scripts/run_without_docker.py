@@ -30,7 +30,7 @@ RUNS = SAMPLE / ".run"
 # Not a link to it: a venv created through a link looks for the standard library next to the link.
 PYTHON = os.path.realpath(sys.executable)
 
-# Precedes a command, which the kernel then ends when the process that has started it ends.
+# With these words before it, a command does not outlive the process that has started it.
 END_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 
 # A shell's code. It shows the folder $0 as /opt, with this machine's own /opt in .machine below it,

@@ -52,7 +52,7 @@ def hangs(connection):
     """Gives no answer."""
 
 
-# Answers.
+# Answers that are always the same.
 REGISTERED = answer(body={"functionName": "f"}, Lambda_Extension_Identifier=IDENTIFIER)
 ACCEPTED = answer(202)
 SHUTDOWN = answer(

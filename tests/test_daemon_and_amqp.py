@@ -158,7 +158,8 @@ def instances_that_respond(channel, queue, after_twenty):
         properties = pika.BasicProperties(reply_to=replies, correlation_id=str(number))
         channel.basic_publish("", queue, event, properties)
     instances = {}
-    for method, properties, response in channel.consume(replies, True, inactivity_timeout=60):
+    messages = channel.consume(replies, auto_ack=True, inactivity_timeout=60)
+    for method, properties, response in messages:
         assert method, f"{len(instances)} of 100 responses"
         instances[properties.correlation_id] = json.loads(response)
         if len(instances) == 20:

@@ -57,7 +57,7 @@ def test_every_aws_cli_command_works_when_pasted(tmp_path, copy, aws, shell):
     """In zsh, # begins no comment, and :l changes a variable."""
     log = tmp_path / "docker.log"
     programs = {
-        "aws": f'exec {shlex.join(map(str, aws))} "$@"',
+        "aws": f'exec {shlex.join(aws)} "$@"',
         # At a login, it also logs the password that it is given.
         "docker": f'echo "$@" $([ "$1" != login ] || cat) >>"{log}"',
         "sleep": ":",

@@ -32,13 +32,6 @@ def shipping(batching_with):
     return batching_with(SHIPPING)
 
 
-@pytest.fixture
-def api():
-    """Lambda, with a Telemetry API."""
-    with TelemetryApi() as api:
-        yield api
-
-
 class TelemetryApi(FakeLambda):
     """Lambda, with a Telemetry API."""
 
@@ -69,6 +62,13 @@ class TelemetryApi(FakeLambda):
         body = records if isinstance(records, bytes) else json.dumps(records).encode()
         head = f"POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
         assert b" 200 " in self.send_raw(head.encode() + body)
+
+
+@pytest.fixture
+def api():
+    """Such a Lambda, whose events ship() sets."""
+    with TelemetryApi() as api:
+        yield api
 
 
 def records_of(number, kinds=KINDS, more=""):

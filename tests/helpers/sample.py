@@ -24,11 +24,11 @@ def copy_sample(folder, sample=ROOT):
     return copy
 
 
-def replace(file, before, after, count=-1):
-    """Edits a file of a copy: everywhere, or only the first places, as many as count says."""
+def replace(file, before, after):
+    """Replaces a text, which must be there, everywhere in a file of a copy."""
     text = file.read_text()
     assert before in text
-    file.write_text(text.replace(before, after, count))
+    file.write_text(text.replace(before, after))
 
 
 def rename(sample, name):
